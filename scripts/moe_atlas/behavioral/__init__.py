@@ -1,0 +1,1 @@
+"""Statistics of a forward pass: recorded arrays in, polars frames out."""

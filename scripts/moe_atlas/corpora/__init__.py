@@ -1,0 +1,1 @@
+"""Texts the models read: the demo corpora and the user's files."""

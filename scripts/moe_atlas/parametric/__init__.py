@@ -1,0 +1,1 @@
+"""Statistics of weights: ExpertBank in, polars frames out."""

@@ -1,0 +1,1 @@
+"""Figures: polars frames in, matplotlib figures out."""
