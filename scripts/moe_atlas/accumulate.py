@@ -1,0 +1,138 @@
+"""Sums over tokens that the probe keeps while the model runs, so that memory does not grow with the text.
+
+Every function takes CPU or CUDA tensors and sums in float64. The definitions are those of
+A Closer Look into Mixture-of-Experts (arXiv 2406.18219), section 5 and appendix G; rows are tokens
+in the order of the text, and ties share their ranks instead of taking an arbitrary order.
+"""
+
+import math
+
+import torch
+
+from moe_atlas.errors import AtlasError
+
+SMALLEST_NORM = 1e-8  # a shorter vector counts as this long, so that a zero output has cosine 0 with all
+_TIED_ELEMENTS = 1 << 22  # float64 numbers in one (tokens, N, N) block of tokens with ties: 32 MiB
+
+
+def pair_cosines(outputs: torch.Tensor) -> torch.Tensor:
+    """Cosines of all pairs of outputs, token by token.
+
+    outputs: (M, T, d), any floating dtype. Returns (T, M, M) float64, exactly symmetric, in -1..1:
+    <a, b> / (max(|a|, 1e-8) max(|b|, 1e-8)). Needs (T, M, d) float64 of memory besides; the
+    caller passes as many tokens as fit.
+    """
+    vectors = outputs.to(torch.float64).transpose(0, 1).contiguous()
+    products = torch.bmm(vectors, vectors.transpose(1, 2))
+    norms = products.diagonal(dim1=1, dim2=2).sqrt()
+    lengths = norms.clamp_min(SMALLEST_NORM)
+    cosines = (products + products.transpose(1, 2)) / (2 * lengths[:, :, None] * lengths[:, None, :])
+    cosines.clamp_(-1, 1)
+    # The diagonal is known without rounding; arccos would turn 1 - 1e-16 into an angle of 1e-8.
+    cosines.diagonal(dim1=1, dim2=2).copy_((norms / lengths).square())
+    return cosines
+
+
+def angular(cosines: torch.Tensor) -> torch.Tensor:
+    """Angular similarity 1 - arccos(cosine) / pi, in 0..1; orthogonal vectors have 0.5."""
+    return 1 - torch.arccos(cosines.clamp(-1, 1)) / math.pi
+
+
+class PairSums:
+    """First and second moments over tokens of the cosine and the angular similarity of M outputs."""
+
+    def __init__(self, count: int, device: torch.device | str = "cpu"):
+        def zeros() -> torch.Tensor:
+            return torch.zeros(count, count, dtype=torch.float64, device=device)
+
+        self.tokens = 0
+        self.cosine_sum, self.cosine_square = zeros(), zeros()
+        self.angular_sum, self.angular_square = zeros(), zeros()
+
+    def add(self, cosines: torch.Tensor) -> None:
+        """Add the tokens of `cosines` (T, M, M), as pair_cosines gives them."""
+        cosines = cosines.to(self.cosine_sum)
+        angles = angular(cosines)
+        self.tokens += cosines.shape[0]
+        self.cosine_sum += cosines.sum(0)
+        self.cosine_square += cosines.square().sum(0)
+        self.angular_sum += angles.sum(0)
+        self.angular_square += angles.square().sum(0)
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """The sums by the names of activations.safetensors: tokens (1,) int64, the others (M, M) float64."""
+        return {
+            "tokens": torch.tensor([self.tokens], dtype=torch.int64),
+            "cosine_sum": self.cosine_sum,
+            "cosine_square": self.cosine_square,
+            "angular_sum": self.angular_sum,
+            "angular_square": self.angular_square,
+        }
+
+
+def _rank_ranges(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First rank, and first rank after, of each value's tie group, ascending along the last axis."""
+    ordered = values.sort(dim=-1).values.contiguous()
+    values = values.contiguous()
+    return torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
+
+
+def rank_counts(scores: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Count how often an expert has score rank i and norm rank j on the same token.
+
+    scores, norms: (T, N); ranks ascend from 0. A group of g equal values shares each of its
+    g ranks by 1/g, so every row and every column of the result sums to T.
+    Returns (N, N) float64 [score rank, norm rank]. Source: appendix G, figure 10.
+    Raises AtlasError when a value is NaN, which has no rank.
+    """
+    count = scores.shape[-1]
+    if bool(torch.isnan(scores).any() | torch.isnan(norms).any()):
+        raise AtlasError(
+            "the model computes router scores or expert outputs that are not numbers; extract with dtype float32."
+        )
+    score_low, score_high = _rank_ranges(scores)
+    norm_low, norm_high = _rank_ranges(norms)
+    tied = ((score_high - score_low > 1) | (norm_high - norm_low > 1)).any(-1)
+    cells = (score_low * count + norm_low)[~tied].flatten()
+    counts = torch.bincount(cells, minlength=count * count).view(count, count).to(torch.float64)
+    if not bool(tied.any()):
+        return counts
+    ranks = torch.arange(count, device=scores.device)
+
+    def shares(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+        low, high = low.reshape(-1, 1), high.reshape(-1, 1)
+        return ((ranks >= low) & (ranks < high)).to(torch.float64) / (high - low)
+
+    groups = [bound[tied] for bound in (score_low, score_high, norm_low, norm_high)]
+    step = max(1, _TIED_ELEMENTS // (count * count))
+    for first in range(0, len(groups[0]), step):
+        block = [bound[first : first + step] for bound in groups]
+        counts += shares(*block[:2]).T @ shares(*block[2:])
+    return counts
+
+
+class LoadCounts:
+    """How many tokens chose each of N experts at each of k ranks, and with what weight.
+
+    Kept on the CPU: the choices are few numbers, and sums on a GPU would depend on thread order.
+    """
+
+    def __init__(self, experts: int, top_k: int):
+        self.load_tokens = torch.zeros(experts, top_k, dtype=torch.int64)
+        self.load_weight = torch.zeros(experts, top_k, dtype=torch.float64)
+
+    def add(self, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add tokens. ids: (T, k) int64, largest weight first, -1 an empty slot; weights: (T, k)."""
+        experts, top_k = self.load_tokens.shape
+        ids, weights = ids.cpu(), weights.to("cpu", torch.float64)
+        if ids.shape[1:] != (top_k,) or bool((ids >= experts).any()):
+            raise ValueError(f"ids of shape {tuple(ids.shape)} up to {int(ids.max())} for {experts} experts, k {top_k}")
+        cells = ids * top_k + torch.arange(top_k)
+        used = ids >= 0
+        size = experts * top_k
+        self.load_tokens += torch.bincount(cells[used], minlength=size).view(experts, top_k)
+        self.load_weight += torch.bincount(cells[used], weights[used], minlength=size).view(experts, top_k)
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """load_tokens (N, k) int64 and load_weight (N, k) float64."""
+        return {"load_tokens": self.load_tokens, "load_weight": self.load_weight}
