@@ -1,0 +1,30 @@
+"""Make one corpus: read its source, cut it into sequences, write them as parquet."""
+
+import argparse
+
+from moe_atlas.corpora import RULES, prepare
+from moe_atlas.files import atomic_path
+from moe_atlas.log import run, say
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--corpus", required=True, help="row id of config/corpora.tsv")
+    parser.add_argument("--source", required=True, help="prompt:TEXT, file:PATH (.txt or .parquet) or demo:NAME")
+    parser.add_argument("--kind", required=True, choices=("short", "long"), help="short corpora keep a row a token")
+    parser.add_argument("--rule", required=True, choices=RULES, help="how a source text becomes sequences")
+    parser.add_argument("--max-sequences", type=int, default=0, help="keep the first so many sequences (0: all)")
+    parser.add_argument("--output", required=True, help="parquet file to write")
+    arguments = parser.parse_args()
+
+    frame = prepare(arguments.corpus, arguments.source, arguments.rule, arguments.max_sequences)
+    with atomic_path(arguments.output) as temporary:
+        frame.write_parquet(temporary, compression="zstd")
+    say(
+        f"{arguments.corpus} ({arguments.kind}): {len(frame)} sequences from {frame['document'].n_unique()} documents, "
+        f"{frame['text'].str.len_chars().sum()} characters"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
