@@ -62,12 +62,9 @@ class Progress:
         self.said = now
         elapsed = max(now - self.started, 1e-9)
         rate = self.done / elapsed
-        left = duration((self.total - self.done) / rate) if self.done < self.total else "done"
-        if rate >= 1:
-            speed = f"{rate:.1f} {self.unit}s/s"
-        else:
-            speed = f"{1 / rate:.1f} s/{self.unit}"
-        left = f"{left} left" if self.done < self.total else f"done in {duration(elapsed)}"
+        speed = f"{rate:.1f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s/{self.unit}"
+        ended = self.done >= self.total
+        left = f"done in {duration(elapsed)}" if ended else f"{duration((self.total - self.done) / rate)} left"
         say(f"{self.unit} {self.done}/{self.total} · {speed} · {left}" + (f" · {note}" if note else ""))
 
 

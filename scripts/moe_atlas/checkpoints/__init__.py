@@ -1,1 +1,5 @@
-"""Reading checkpoints: files, tensors, manifest."""
+"""Reading checkpoints: files and lazy tensors, never code."""
+
+from moe_atlas.checkpoints.checkpoint import Checkpoint
+
+__all__ = ["Checkpoint"]

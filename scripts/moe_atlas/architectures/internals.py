@@ -1,0 +1,82 @@
+"""Everything of transformers that is not its public interface, in one place.
+
+Pinned to transformers 5.23 (requirements.txt). tests/test_stream.py compares streamed logits with
+the fully loaded model's for every family, so a release that moves one of these fails loudly there.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+PROBE = "moe_atlas_probe"
+
+
+def _dispatch(experts: nn.Module, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
+    """The registered experts function: hands the call to whoever observes this experts module."""
+    return experts.atlas_observer(hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(PROBE, _dispatch)
+
+
+@contextlib.contextmanager
+def observing(experts: nn.Module, function: Callable) -> Iterator[None]:
+    """Send the computation of one experts module to `function(hidden_states (T, d), ids (T, k), weights (T, k))`.
+
+    `function` returns the mixture (T, d). It ends with the block.
+    """
+    implementation = experts.config._experts_implementation
+    experts.atlas_observer = function
+    experts.config._experts_implementation = PROBE
+    try:
+        yield
+    finally:
+        experts.config._experts_implementation = implementation
+        del experts.atlas_observer
+
+
+def uses_experts_interface(module: nn.Module) -> bool:
+    """Whether transformers sends this module's forward through ALL_EXPERTS_FUNCTIONS."""
+    return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed")
+
+
+def make_buffers(model: PreTrainedModel) -> None:
+    """Give a meta-device model its non-persistent buffers (rotary tables), which no checkpoint holds."""
+    for module in model.modules():
+        missing = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
+        missing = [name for name in missing if module._buffers[name].is_meta]
+        for name in missing:
+            # Plain buffers: a NaN shows if _init_weights did not fill one.
+            real = torch.full_like(module._buffers[name], torch.nan, device="cpu")
+            module.register_buffer(name, real, persistent=False)
+        if missing:
+            model._init_weights(module)
+
+
+def load_tensors(
+    model: PreTrainedModel, mapping: list, tensors: dict[str, torch.Tensor], device: torch.device
+) -> set[str]:
+    """Put checkpoint tensors into a model through transformers' own renaming and merging of weights.
+
+    Returns the names of those that have no place in the model.
+    """
+    logging.disable_progress_bar()
+    config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype=model.dtype)
+    info, _ = convert_and_load_state_dict_in_model(model, tensors, config, None)
+    for problems in (info.mismatched_keys, info.conversion_errors, info.error_msgs):
+        if problems:
+            raise ValueError(str(problems))
+    return set(info.unexpected_keys)
+
+
+def weight_mapping(model: PreTrainedModel) -> list:
+    """How checkpoint tensor names become the model's parameters."""
+    return get_model_conversion_mapping(model)

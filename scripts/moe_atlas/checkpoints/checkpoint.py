@@ -1,0 +1,78 @@
+"""A checkpoint directory in the Hub's format as a mapping from tensor names to lazy tensors."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from moe_atlas.checkpoints.bin_file import BinFile
+from moe_atlas.checkpoints.safetensors_file import SafetensorsFile, TensorInfo
+from moe_atlas.errors import AtlasError
+from moe_atlas.files import read_json
+
+# In the order of preference: a repository that ships both is read as safetensors.
+LAYOUTS = (
+    ("model.safetensors.index.json", "model.safetensors", SafetensorsFile),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", BinFile),
+)
+
+
+class Checkpoint:
+    """Tensors of a directory by name, read on demand and checked to be finite.
+
+    Attributes: directory; files (the weight files in order); tensors (name -> TensorInfo).
+    `bytes_read` counts the bytes of all tensors read so far.
+    Raises AtlasError: directory or shard missing, no weight files, damaged shard, a tensor the index
+    names that its shard lacks, NaN or infinite weights.
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise AtlasError(f"{self.directory}: there is no such directory; correct the source of the row.")
+        self.bytes_read = 0
+        self._file_of: dict[str, SafetensorsFile | BinFile] = {}
+        self.files = self._open()
+
+    def _open(self) -> list[Path]:
+        for index_name, single_name, reader in LAYOUTS:
+            index_path, single_path = self.directory / index_name, self.directory / single_name
+            if index_path.exists():
+                shard_of = read_json(index_path).get("weight_map", {})
+                files = [self.directory / name for name in sorted(set(shard_of.values()))]
+                for path in files:
+                    if not path.exists():
+                        raise AtlasError(f"{path}: this shard is named by {index_name} but missing; fetch it again.")
+                shards = {path.name: reader(path) for path in files}
+                for name, shard in shard_of.items():
+                    if name not in shards[shard].tensors:
+                        raise AtlasError(f"{self.directory / shard}: the tensor {name} is missing; fetch it again.")
+                    self._file_of[name] = shards[shard]
+                return files
+            if single_path.exists():
+                file = reader(single_path)
+                self._file_of = dict.fromkeys(file.tensors, file)
+                return [single_path]
+        names = " or ".join(name for _, name, _ in LAYOUTS)
+        raise AtlasError(f"{self.directory}: there are no weights here ({names}); fetch the checkpoint again.")
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        return {name: file.tensors[name] for name, file in self._file_of.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor on the CPU in the dtype of its file; NaN or infinity is an AtlasError."""
+        file = self._file_of[name]
+        tensor = file.read(name)
+        self.bytes_read += tensor.numel() * tensor.dtype.itemsize
+        # A sum is finite unless a term is not: one pass and no mask of the tensor's size.
+        # (8-bit floats have no sum of their own.)
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        if tensor.is_floating_point() and not torch.isfinite(values.sum(dtype=torch.float32)):
+            raise AtlasError(f"{file.path}: the tensor {name} holds NaN or infinite weights; fetch or save it again.")
+        return tensor
+
+    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Several tensors by name."""
+        return {name: self.read(name) for name in names}
