@@ -1,0 +1,59 @@
+"""Reading a checkpoint's config.json into the configuration class of its model."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moe_atlas.architectures import register
+from moe_atlas.architectures.deepseek import MODEL_TYPE as DEEPSEEK
+from moe_atlas.architectures.deepseek import DeepseekForCausalLM
+from moe_atlas.architectures.grok import MODEL_TYPE as GROK
+from moe_atlas.architectures.grok import Grok1ModelForCausalLM
+from moe_atlas.errors import AtlasError
+from moe_atlas.files import read_json
+
+OWN_CLASSES = {DeepseekForCausalLM.__name__: DEEPSEEK, Grok1ModelForCausalLM.__name__: GROK}
+
+
+def read_config(directory: str | os.PathLike) -> PreTrainedConfig:
+    """The configuration of the checkpoint in `directory`.
+
+    The class is found by `model_type` or, where the file has none (Grok-1), by `architectures`. `auto_map`, which
+    names code to download, is ignored. AtlasError when there is no config.json, no class for it, or a value that
+    the class refuses.
+    """
+    register()
+    path = Path(directory) / "config.json"
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise AtlasError(f"{path}: this is not a JSON object; restore the file.")
+    model_type = values.get("model_type") or _model_type_of_class(values.get("architectures") or [])
+    if model_type not in CONFIG_MAPPING:
+        name = f"model type {model_type!r}" if model_type else f"architectures {values.get('architectures')!r}"
+        raise AtlasError(f"{path}: there is no model class for {name}; see CONTRIBUTING.md, 'add an architecture'.")
+    try:
+        if "model_type" in values:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        else:
+            config = CONFIG_MAPPING[model_type].from_dict(values)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise AtlasError(
+            f"{path}: a value does not fit model type {model_type!r} ({reason}); mend the file."
+        ) from error
+    if hasattr(config, "auto_map"):
+        del config.auto_map
+    return config
+
+
+def _model_type_of_class(architectures: list[str]) -> str | None:
+    """The model type of the first class name that is known."""
+    known = {
+        name: model_type for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if isinstance(name, str)
+    }
+    known |= OWN_CLASSES
+    return next((known[name] for name in architectures if name in known), None)
