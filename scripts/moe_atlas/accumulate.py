@@ -22,7 +22,7 @@ def pair_cosines(outputs: torch.Tensor) -> torch.Tensor:
     <a, b> / (max(|a|, 1e-8) max(|b|, 1e-8)). Needs (T, M, d) float64 of memory besides; the
     caller passes as many tokens as fit.
     """
-    vectors = outputs.to(torch.float64).transpose(0, 1).contiguous()
+    vectors = outputs.to(torch.float64).transpose(0, 1)
     products = torch.bmm(vectors, vectors.transpose(1, 2))
     norms = products.diagonal(dim1=1, dim2=2).sqrt()
     lengths = norms.clamp_min(SMALLEST_NORM)

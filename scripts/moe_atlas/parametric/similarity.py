@@ -1,0 +1,139 @@
+"""Cosine similarity of a layer's experts: their weight matrices, their mean neurons, their router rows.
+
+Source: A Closer Look into Mixture-of-Experts (arXiv 2406.18219), sections 4.1.1 (matrix level),
+4.1.2 and appendix D (neuron level by averaging), 4.2 and appendix E (router).
+
+All pairs of a matrix come from one Gram matrix, accumulated over blocks of rows, so that the
+weights are read once and never copied whole. Products are float32 over at most 256 terms and
+their sums float64: longer float32 sums of squares lose up to 1e-4 of a cosine at 1e6 terms.
+"""
+
+import numpy as np
+import polars as pl
+import torch
+
+from moe_atlas import tables
+from moe_atlas.architectures.bank import FFN, ExpertBank
+from moe_atlas.errors import AtlasError
+
+REFERENCE, SHARED = "F", "SE"
+_SMALLEST_NORM = 1e-8
+_TERMS = 256  # length of a float32 dot product
+_BLOCK_CPU, _BLOCK_GPU = 1 << 20, 1 << 24  # float32 numbers converted at once: 4 MiB, the size of a cache; 64 MiB
+
+
+def gram_and_means(
+    bank: torch.Tensor, extras: list[torch.Tensor], *, mean_axis: int, block: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inner products of all flattened matrices, and the mean of each one's rows or columns, in one pass.
+
+    bank: (N, rows, columns); extras: matrices (rows, columns); M = N + len(extras).
+    mean_axis: 0 averages the rows (up, act: neurons are rows), 1 the columns (down).
+    block: float32 numbers held at once, at least one row of every matrix.
+    Returns the Gram matrix (M, M) and the means (M, columns) or (M, rows), float64, on the bank's device.
+    """
+    experts, rows, columns = bank.shape
+    count = experts + len(extras)
+    if block is None:
+        block = _BLOCK_GPU if bank.is_cuda else _BLOCK_CPU
+    step = min(rows, max(1, block // (count * columns)))
+    buffer = torch.empty(count, step, columns, dtype=torch.float32, device=bank.device)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=bank.device)
+    means = torch.zeros(count, columns if mean_axis == 0 else rows, dtype=torch.float64, device=bank.device)
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        part = buffer[:, : last - first]
+        part[:experts].copy_(bank[:, first:last])
+        for row, extra in enumerate(extras, start=experts):
+            part[row].copy_(extra[first:last])
+        _add_products(gram, part.flatten(1))
+        if mean_axis == 0:
+            means += part.sum(1)
+        else:
+            means[:, first:last] = part.sum(2)
+    return gram, means / (rows if mean_axis == 0 else columns)
+
+
+def _add_products(gram: torch.Tensor, vectors: torch.Tensor) -> None:
+    """Add vectors (M, n) float32 times their transpose to gram (M, M) float64."""
+    whole = vectors.shape[1] // _TERMS * _TERMS
+    if whole:
+        pieces = vectors[:, :whole].unflatten(1, (-1, _TERMS)).transpose(0, 1)
+        gram += torch.bmm(pieces, pieces.transpose(1, 2)).sum(0, dtype=torch.float64)
+    rest = vectors[:, whole:]
+    if rest.shape[1]:
+        gram += rest @ rest.T
+
+
+def _cosines(gram: torch.Tensor) -> np.ndarray:
+    """(M, M) cosines from a Gram matrix, as numpy: symmetric, in -1..1, norms counted as 1e-8 at least."""
+    gram = gram.cpu().numpy()
+    lengths = np.maximum(np.sqrt(np.diagonal(gram)), _SMALLEST_NORM)
+    return np.clip((gram + gram.T) / 2 / lengths[:, None] / lengths[None, :], -1, 1)
+
+
+def _frame(matrix: str, level: str, labels: list[str], gram: torch.Tensor) -> pl.DataFrame:
+    first, second = np.triu_indices(len(labels))
+    names = pl.Series(labels, dtype=pl.String)
+    return pl.DataFrame(
+        {"a": names[first], "b": names[second], "cosine": _cosines(gram)[first, second]},
+    ).with_columns(matrix=pl.lit(matrix), level=pl.lit(level))
+
+
+def _extra_matrices(bank: ExpertBank, reference: FFN | None, name: str) -> dict[str, torch.Tensor]:
+    ffns = {REFERENCE: reference, SHARED: bank.shared}
+    found = {label: getattr(ffn, name) for label, ffn in ffns.items() if ffn is not None}
+    return {label: matrix for label, matrix in found.items() if matrix is not None}
+
+
+def _matrix_frames(name: str, weights: torch.Tensor, others: dict[str, torch.Tensor]) -> list[pl.DataFrame]:
+    """Both levels of one matrix. Entries of another shape than an expert's only have a mean neuron."""
+    mean_axis = 1 if name == "down" else 0
+    same = {label: other for label, other in others.items() if other.shape == weights.shape[1:]}
+    routed = [str(expert) for expert in range(len(weights))]
+    gram, means = gram_and_means(weights, list(same.values()), mean_axis=mean_axis)
+    entries = dict(zip([*routed, *same], means, strict=True))
+    for label, other in others.items():
+        if label not in same:
+            other = other.to(weights.device)[None]
+            entries[label] = gram_and_means(other, [], mean_axis=mean_axis)[1][0]
+    labels = [*routed, *others]
+    means = torch.stack([entries[label] for label in labels])
+    return [_frame(name, "matrix", [*routed, *same], gram), _frame(name, "neuron_mean", labels, means @ means.T)]
+
+
+def _check_width(bank: ExpertBank, reference: FFN, model: str) -> None:
+    ours, theirs = bank.up.shape[-1], reference.up.shape[-1]
+    if ours != theirs:
+        raise AtlasError(
+            f"{model}: its hidden width is {ours} and that of its dense reference is {theirs}; "
+            "in config/models.tsv name a model of the same width in the column dense_reference, or leave it empty."
+        )
+
+
+def weight_similarity(bank: ExpertBank, *, model: str, layer: int, reference: FFN | None = None) -> pl.DataFrame:
+    """Table "similarity" of one layer: all pairs once, a before b, diagonal included.
+
+    Entries are the N routed experts, then "F" (`reference`, the dense model's FFN of the same
+    layer) and "SE" (the shared expert). Level "matrix" has F and SE only where their shape is an
+    expert's; level "neuron_mean" always. The router has its rows' cosines at level "matrix".
+    Weights of any floating dtype are read as float32; cosines are right to about 1e-7.
+    Raises AtlasError when the reference has another hidden width, or a weight is not finite.
+    """
+    if reference is not None:
+        _check_width(bank, reference, model)
+    frames = []
+    for name, weights in bank.matrices.items():
+        frames += _matrix_frames(name, weights, _extra_matrices(bank, reference, name))
+    if bank.router is not None:
+        rows = bank.router.to(torch.float64)
+        frames.append(_frame("router", "matrix", [str(expert) for expert in range(len(bank))], rows @ rows.T))
+    frame = pl.concat(frames)
+    broken = frame.filter(~pl.col("cosine").is_finite())
+    if len(broken):
+        matrix, entry = broken.row(0, named=True)["matrix"], broken.row(0, named=True)["a"]
+        raise AtlasError(
+            f"{model}, layer {layer}: {matrix} of expert {entry} holds values that are not finite; "
+            "check the checkpoint's files against their published hashes."
+        )
+    return tables.conform("similarity", frame.with_columns(model=pl.lit(model), layer=pl.lit(layer)))
