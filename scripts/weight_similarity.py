@@ -1,0 +1,44 @@
+"""Compare the experts of every layer by their weights: matrices, mean neurons, router rows."""
+
+import argparse
+import contextlib
+
+import polars as pl
+
+from moe_atlas import tables
+from moe_atlas.architectures.ffn import dense_ffn, ffn_view
+from moe_atlas.architectures.sites import find_sites
+from moe_atlas.log import Progress, run
+from moe_atlas.manifest import open_checkpoint
+from moe_atlas.parametric.similarity import weight_similarity
+from moe_atlas.stream import LayerStream
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="row id of config/models.tsv")
+    parser.add_argument("--checkpoint", required=True, help="the model's checkpoint.json")
+    parser.add_argument("--dense-reference", help="checkpoint.json of the dense model whose FFN is F")
+    parser.add_argument("--output", required=True, help="similarity.parquet to write")
+    arguments = parser.parse_args()
+
+    checkpoint, manifest = open_checkpoint(arguments.checkpoint)
+    stream, dense = LayerStream(checkpoint), None
+    if arguments.dense_reference:
+        dense = LayerStream(open_checkpoint(arguments.dense_reference)[0])
+    frames = [tables.empty("similarity")]
+    progress = Progress(len(manifest["moe_layers"]), "layer")
+    for index in manifest["moe_layers"]:
+        paired = dense is not None and index < len(dense)
+        with stream.layer(index) as layer, dense.layer(index) if paired else contextlib.nullcontext() as reference:
+            (site,) = (site for site in find_sites(layer) if site.name == "ffn")
+            ffn = dense_ffn(reference) if paired else None
+            frames.append(
+                weight_similarity(site.bank(), model=arguments.model, layer=index, reference=ffn and ffn_view(ffn))
+            )
+        progress.step()
+    tables.write("similarity", pl.concat(frames), arguments.output)
+
+
+if __name__ == "__main__":
+    run(main)
