@@ -1,0 +1,321 @@
+"""DeepSeekMoE v1 and Grok-1: our classes against the definitions written out, and the Hub's formats.
+
+The references read the tensors that save_pretrained wrote, by the Hub's names, so that a wrong conversion
+(gate and up exchanged, an expert out of order) fails them too.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_atlas.architectures import register
+from moe_atlas.architectures.config import read_config
+from moe_atlas.architectures.deepseek import DeepseekTopKRouter
+from moe_atlas.architectures.grok import Grok1TopKRouter
+from moe_atlas.architectures.internals import make_buffers
+from moe_atlas.errors import AtlasError
+
+register()
+
+# Widths are multiples of 16 bytes, which grouped_mm, the default way to compute experts, needs.
+SIZES = {"vocab_size": 40, "hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 3}
+CONFIGS = {
+    "deepseek": SIZES
+    | {"intermediate_size": 20, "num_key_value_heads": 4, "moe_intermediate_size": 8, "n_routed_experts": 12}
+    | {"num_experts_per_tok": 3, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    "deepseek-renormalised": SIZES
+    | {"intermediate_size": 20, "num_key_value_heads": 2, "moe_intermediate_size": 8, "n_routed_experts": 5}
+    | {"num_experts_per_tok": 2, "n_shared_experts": None, "moe_layer_freq": 2, "norm_topk_prob": True},
+    "grok-1": SIZES
+    | {"intermediate_size": 16, "num_key_value_heads": 2, "num_experts": 6, "attn_output_multiplier": 0.4}
+    | {"embedding_multiplier_scale": 3.0, "output_multiplier_scale": 0.6, "max_attn_value": 1.5, "pad_token_id": 0},
+}
+TOKENS = torch.tensor([[3, 17, 5, 5, 39, 22, 8, 1, 11], [30, 2, 9, 14, 14, 27, 6, 33, 4]])
+
+
+def build(name: str, dtype: torch.dtype = torch.float64):
+    """A random model whose norm weights are not 1 and whose attention and routers are far from uniform."""
+    config = AutoConfig.for_model(name.removesuffix("-renormalised"), **CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")  # torch's grouped_mm, the default, has no float64
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.4 * noise)
+    return model
+
+
+def norm(x, weight, eps):
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(x):
+    """Rotary positions, halves convention, theta 1e4; x (heads, T, D). Angles are float32 by definition."""
+    n_tokens, width = x.shape[-2:]
+    frequency = 1.0 / 10000.0 ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angle = torch.arange(n_tokens, dtype=torch.float32)[:, None] * frequency
+    cos, sin = angle.cos().double(), angle.sin().double()
+    first, second = x[..., : width // 2], x[..., width // 2 :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def attention(x, weights, prefix, config, scale, cap=None):
+    """Causal grouped-query attention of one sequence x (T, d), head by head."""
+    n_tokens, heads = len(x), config.num_attention_heads
+    query, key, value = (
+        (x @ weights[f"{prefix}.{p}_proj.weight"].T).view(n_tokens, -1, config.hidden_size // heads).transpose(0, 1)
+        for p in "qkv"
+    )
+    query, key = rotate(query), rotate(key)
+    outputs = []
+    for head in range(heads):
+        group = head // (heads // config.num_key_value_heads)
+        logits = query[head] @ key[group].T * scale
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        future = torch.ones(n_tokens, n_tokens).triu(1).bool()
+        outputs.append(logits.masked_fill(future, -torch.inf).softmax(-1) @ value[group])
+    return torch.cat(outputs, dim=-1) @ weights[f"{prefix}.o_proj.weight"].T
+
+
+def silu(x):
+    return x / (1 + torch.exp(-x))
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+def ffn(x, weights, prefix, names, activation):
+    act, up, down = (weights[f"{prefix}.{name}.weight"] for name in names)
+    return (activation(x @ act.T) * (x @ up.T)) @ down.T
+
+
+def mixture(x, router, k, expert, renormalise=False):
+    """Token by token: the k largest of the softmax over all experts weight those experts' outputs."""
+    rows = []
+    for token in x:
+        probability = (router @ token).softmax(-1)
+        chosen = sorted(range(len(router)), key=lambda e: -probability[e])[:k]
+        total = sum(probability[e] for e in chosen) if renormalise else 1.0
+        rows.append(sum(probability[e] / total * expert(e, token) for e in chosen))
+    return torch.stack(rows)
+
+
+def reference_deepseek(ids, weights, config):
+    """Logits (T, V) of one sequence: Dai et al. 2024, equations 9 to 11, in a Llama block."""
+    names, eps = ("gate_proj", "up_proj", "down_proj"), config.rms_norm_eps
+    x = weights["model.embed_tokens.weight"][ids]
+    for layer in range(config.num_hidden_layers):
+        at = f"model.layers.{layer}"
+        h = norm(x, weights[f"{at}.input_layernorm.weight"], eps)
+        scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+        x = x + attention(h, weights, f"{at}.self_attn", config, scale)
+        h = norm(x, weights[f"{at}.post_attention_layernorm.weight"], eps)
+        if layer < config.first_k_dense_replace or layer % config.moe_layer_freq:
+            x = x + ffn(h, weights, f"{at}.mlp", names, silu)
+            continue
+        routed = mixture(
+            h,
+            weights[f"{at}.mlp.gate.weight"],
+            config.num_experts_per_tok,
+            lambda e, token, at=at: ffn(token, weights, f"{at}.mlp.experts.{e}", names, silu),
+            config.norm_topk_prob,
+        )
+        shared = ffn(h, weights, f"{at}.mlp.shared_experts", names, silu) if config.n_shared_experts else 0
+        x = x + routed + shared
+    return norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
+
+
+def reference_grok(ids, weights, config):
+    """Logits (T, V) of one sequence, as the Hub's port of Grok-1 defines them."""
+    embedding, eps = weights["model.embed_tokens.weight"], config.rms_norm_eps
+    x = embedding[ids] * config.embedding_multiplier_scale
+    for layer in range(config.num_hidden_layers):
+        at = f"model.layers.{layer}"
+        h = norm(x, weights[f"{at}.pre_attn_norm.scale"], eps)
+        h = attention(h, weights, f"{at}.attn", config, config.attn_output_multiplier, config.max_attn_value)
+        x = x + norm(h, weights[f"{at}.post_attn_norm.scale"], eps)
+        h = norm(x, weights[f"{at}.pre_moe_norm.scale"], eps)
+        h = mixture(
+            h,
+            weights[f"{at}.moe_block.gate.weight"],
+            config.num_experts_per_tok,
+            lambda e, token, at=at: ffn(
+                token, weights, f"{at}.moe_block.experts.{e}", ("linear", "linear_v", "linear_1"), gelu
+            ),
+        )
+        x = x + norm(h, weights[f"{at}.post_moe_norm.scale"], eps)
+    return norm(x, weights["model.norm.scale"], eps) @ embedding.T * config.output_multiplier_scale
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_definition(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    reference = reference_grok if name == "grok-1" else reference_deepseek
+    expected = torch.stack([reference(ids, weights, model.config) for ids in TOKENS])
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=1e-10)
+
+
+EXPERT_NAMES = {
+    "deepseek": ("mlp.experts", ("gate_proj", "up_proj", "down_proj"), [1, 2], 12),
+    "grok-1": ("moe_block.experts", ("linear", "linear_v", "linear_1"), [0, 1, 2], 6),
+}
+
+
+@pytest.mark.parametrize("shard", ["1GB", "8KB"])
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_saved_files_have_the_hubs_names_and_load_again(name, shard, tmp_path):
+    model = build(name, torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "8KB")
+    stored = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    block, matrices, layers, n_experts = EXPERT_NAMES[name]
+    expected = {
+        f"model.layers.{layer}.{block}.{expert}.{matrix}.weight"
+        for layer in layers
+        for expert in range(n_experts)
+        for matrix in matrices
+    }
+    assert {key for key in stored if f".{block}." in key} == expected
+    assert all(tensor.dim() <= 2 for tensor in stored.values())
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_a_registered_experts_function_replaces_the_experts(name):
+    model, calls = build(name), []
+
+    def all_experts(experts, hidden_states, top_k_index, top_k_weights):
+        calls.append((tuple(hidden_states.shape), tuple(top_k_index.shape), tuple(top_k_weights.shape)))
+        act, up = torch.einsum("emd,td->tem", experts.gate_up_proj, hidden_states).chunk(2, dim=-1)
+        outputs = torch.einsum("edm,tem->ted", experts.down_proj, experts.act_fn(act) * up)
+        chosen = outputs.gather(1, top_k_index[..., None].expand(-1, -1, outputs.shape[-1]))
+        return (top_k_weights[..., None] * chosen).sum(1)
+
+    ALL_EXPERTS_FUNCTIONS.register("test_all_experts", all_experts)
+    with torch.no_grad():
+        model.set_experts_implementation("eager")
+        expected = model(TOKENS).logits
+        model.set_experts_implementation("test_all_experts")
+        got = model(TOKENS).logits
+    k = model.config.num_experts_per_tok
+    assert calls == [((18, 24), (18, k), (18, k))] * len(EXPERT_NAMES[name][2])
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_cached_and_padded_tokens_have_the_logits_of_the_whole_sequence(name):
+    model = build(name, torch.float32)
+    with torch.no_grad():
+        whole = model(TOKENS).logits
+        first = model(TOKENS[:, :4], use_cache=True)
+        rest = model(TOKENS[:, 4:], past_key_values=first.past_key_values).logits
+        padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), TOKENS], dim=1)
+        mask = (torch.arange(12) >= 3).long().expand(2, -1)
+        shifted = model(padded, attention_mask=mask, position_ids=(torch.arange(12) - 3).clamp(0)[None]).logits
+    torch.testing.assert_close(rest, whole[:, 4:], rtol=0, atol=2e-4)
+    torch.testing.assert_close(shifted[:, 3:], whole, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_every_parameter_learns_and_router_hooks_see_logits(name):
+    model, logits = build(name, torch.float32).train(), []
+    for module in model.modules():
+        if isinstance(module, (DeepseekTopKRouter, Grok1TopKRouter)):
+            module.register_forward_hook(lambda module, args, output: logits.append(output[0]))
+    loss = model(TOKENS, labels=TOKENS).loss
+    assert len(logits) == len(EXPERT_NAMES[name][2])
+    assert all(z.shape == (18, EXPERT_NAMES[name][3]) and z.requires_grad for z in logits)
+    (loss + sum(z.logsumexp(-1).square().mean() for z in logits)).backward()
+    assert [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_routers_round_where_the_published_ones_do():
+    hidden = torch.randn(50, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for name, wide in (("deepseek", False), ("grok-1", True)):
+        model = build(name, torch.bfloat16)
+        router = next(m for m in model.modules() if isinstance(m, (DeepseekTopKRouter, Grok1TopKRouter)))
+        logits, weights, indices = router(hidden)
+        assert logits.dtype == weights.dtype == torch.bfloat16
+        scores = logits.float().softmax(-1) if wide else logits.softmax(-1)
+        expected, ids = scores.topk(model.config.num_experts_per_tok, dim=-1)
+        assert torch.equal(weights, expected.bfloat16()) and torch.equal(indices, ids)
+
+
+@pytest.mark.parametrize("name", EXPERT_NAMES)
+def test_meta_model_gets_its_rotary_table(name):
+    real = build(name, torch.float32)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(real.config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    make_buffers(model)
+    buffers = dict(model.named_buffers())
+    assert buffers.keys() == {"model.rotary_emb.inv_freq", "model.rotary_emb.original_inv_freq"}
+    for buffer in buffers.values():
+        assert torch.equal(buffer, real.model.rotary_emb.inv_freq)
+
+
+def write_config(directory: Path, **values) -> Path:
+    (directory / "config.json").write_text(json.dumps(values))
+    return directory
+
+
+def test_grok_config_without_model_type_is_found_and_its_code_not_run(tmp_path):
+    code = f"open({str(tmp_path / 'was_run')!r}, 'w')\nraise SystemExit\n"
+    (tmp_path / "configuration_grok1.py").write_text(code)
+    auto_map = {"AutoConfig": "configuration_grok1.Grok1Config"}
+    write_config(tmp_path, architectures=["Grok1ModelForCausalLM"], auto_map=auto_map, **CONFIGS["grok-1"])
+    config = read_config(tmp_path)
+    assert (config.model_type, config.max_attn_value, config.num_experts) == ("grok-1", 1.5, 6)
+    assert config.rope_parameters["rope_theta"] == 10000.0 and not hasattr(config, "auto_map")
+    write_config(tmp_path, model_type="deepseek", auto_map=auto_map, rope_theta=5000, **CONFIGS["deepseek"])
+    config = read_config(tmp_path)
+    assert (config.model_type, config.n_routed_experts) == ("deepseek", 12)
+    assert config.rope_parameters["rope_theta"] == 5000 and not hasattr(config, "auto_map")
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_types_that_transformers_knows_are_its_own(tmp_path):
+    config = read_config(write_config(tmp_path, model_type="mixtral", num_local_experts=4))
+    assert type(config).__name__ == "MixtralConfig" and config.num_local_experts == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "grok-9", "auto_map": {"AutoConfig": "x.Y"}}, ("'grok-9'", "CONTRIBUTING.md")),
+        ({"architectures": ["NewForCausalLM"]}, ("NewForCausalLM", "CONTRIBUTING.md")),
+        ({}, ("no model class", "CONTRIBUTING.md")),
+        ({"model_type": "deepseek", "scoring_func": "sigmoid"}, ("deepseek", "sigmoid")),
+        ({"model_type": "mixtral", "hidden_size": "wide"}, ("mixtral", "hidden_size")),
+    ],
+)
+def test_refused_configs_name_the_file_and_the_type(values, words, tmp_path):
+    with pytest.raises(AtlasError) as error:
+        read_config(write_config(tmp_path, **values))
+    assert all(word in str(error.value) for word in (*words, str(tmp_path / "config.json")))
+    assert "\n" not in str(error.value)
+
+
+def test_package_import_is_light():
+    code = "import sys, moe_atlas.architectures; assert not {'torch', 'transformers'} & set(sys.modules)"
+    scripts = Path(__file__).resolve().parent.parent / "scripts"
+    subprocess.run([sys.executable, "-c", code], cwd=scripts, check=True)
