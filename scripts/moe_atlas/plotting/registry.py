@@ -1,0 +1,68 @@
+"""Which figures there are and which tables each needs. Imported by the rules: no heavy imports here."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One kind of figure of one model: its tables (names of moe_atlas.tables) and the corpus kinds it exists for."""
+
+    title: str
+    tables: tuple[str, ...]
+    kinds: tuple[str, ...]  # empty: read from the weights, no corpus
+
+
+_WEIGHTS, _ANY, _SHORT = (), ("short", "long"), ("short",)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "weight_similarity": Experiment("Weight similarity, matrix level", ("similarity",), _WEIGHTS),
+    "weight_similarity_neuron_mean": Experiment("Weight similarity, mean neuron", ("similarity",), _WEIGHTS),
+    "router_similarity": Experiment("Router similarity beside weight similarity", ("similarity",), _WEIGHTS),
+    "router_regression": Experiment(
+        "Router similarity against weight similarity", ("similarity", "regression"), _WEIGHTS
+    ),
+    "output_similarity": Experiment("Mean similarity of expert outputs", ("output_similarity",), _ANY),
+    "output_similarity_tokens": Experiment(
+        "Similarity of expert outputs, token by token", ("output_similarity_tokens", "routing", "tokens"), _SHORT
+    ),
+    "norm_score": Experiment("Output norms and router scores", ("norm_score", "routing", "tokens"), _SHORT),
+    "rank_counts": Experiment("Norm rank against score rank", ("rank_counts",), _ANY),
+    "load": Experiment("Load of the experts", ("load",), _ANY),
+    "chosen_experts": Experiment("Chosen experts", ("routing", "load", "tokens"), _SHORT),
+}
+
+# Figures across models: name -> tables of results/tables/ it is drawn from.
+COMPARISONS: dict[str, tuple[str, ...]] = {
+    "weight_similarity": ("similarity",),
+    "router_regression": ("regression",),
+    "output_similarity": ("output_similarity",),
+    "norm_score": ("rank_counts",),
+    "load_balance": ("load",),
+    "top_score": ("load",),
+}
+
+COMPARISON_TITLES: dict[str, str] = {
+    "weight_similarity": "Weight similarity by depth",
+    "router_regression": "Router against weight similarity by depth",
+    "output_similarity": "Output similarity by depth",
+    "norm_score": "Norm rank equal to score rank, by depth",
+    "load_balance": "Load balance by depth",
+    "top_score": "Weights of the first and second choice by depth",
+}
+
+RANGES = ("auto", "full")
+FORMATS = ("png", "pdf")
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """`output_similarity.prose` -> (`output_similarity`, `prose`); without a corpus the second is None."""
+    experiment, _, corpus = name.partition(".")
+    return experiment, corpus or None
+
+
+def experiments_of(kinds: dict[str, str]) -> list[str]:
+    """Full names of all figures of one model; `kinds` is corpus id -> short or long."""
+    names = [name for name, experiment in EXPERIMENTS.items() if not experiment.kinds]
+    for name, experiment in EXPERIMENTS.items():
+        names += [f"{name}.{corpus}" for corpus, kind in kinds.items() if kind in experiment.kinds]
+    return names
