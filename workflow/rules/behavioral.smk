@@ -1,0 +1,105 @@
+# Behavioral statistics: what the experts do on a corpus.
+#
+# Inputs    results/models/{model}/checkpoint.json and the weights it names; results/corpora/{corpus}.parquet
+# Outputs   results/models/{model}/behavioral/{corpus}/{activations.safetensors,*.parquet}
+# Cost      one forward pass a corpus, every expert on every token, on the row's GPUs or on the CPU; seconds for the
+#           tables. The activations are sums that every table is made from, so that a new table needs no new pass.
+rule extract_activations:
+    """One pass through the model, one layer in memory at a time."""
+    input:
+        code=ancient("scripts/extract_activations.py"),
+        checkpoint="results/models/{model}/checkpoint.json",
+        dense=dense_reference,
+        corpus="results/corpora/{corpus}.parquet",
+    output:
+        activations="results/models/{model}/behavioral/{corpus}/activations.safetensors",
+        tokens="results/models/{model}/behavioral/{corpus}/tokens.parquet",
+    log:
+        "results/logs/extract_activations/{model}/{corpus}.log",
+    benchmark:
+        "results/benchmarks/extract_activations/{model}/{corpus}.tsv"
+    conda:
+        "../envs/extraction.yaml"
+    threads: model_threads
+    resources:
+        mem_mb=memory,
+        runtime=runtime,
+        gpu=gpus,
+        gpu_jobs=gpu_jobs,
+    params:
+        kind=lambda wildcards: corpus(wildcards).kind,
+        dtype=lambda wildcards: model(wildcards).dtype,
+        dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
+        method=METHODS["extract_activations"],
+    shell:
+        """
+        exec >{log:q} 2>&1
+        python {input.code:q} --model {wildcards.model:q} --corpus {wildcards.corpus:q} --kind {params.kind:q} \
+            --checkpoint {input.checkpoint:q} {params.dense:q} --corpus-file {input.corpus:q} --dtype {params.dtype:q} \
+            --activations {output.activations:q} --tokens {output.tokens:q}
+        """
+
+
+rule long_tables:
+    """Counts and means of a long corpus."""
+    input:
+        code=code("scripts/behavioral_tables.py"),
+        activations="results/models/{model}/behavioral/{corpus}/activations.safetensors",
+        tokens="results/models/{model}/behavioral/{corpus}/tokens.parquet",
+    output:
+        load="results/models/{model}/behavioral/{corpus}/load.parquet",
+        rank_counts="results/models/{model}/behavioral/{corpus}/rank_counts.parquet",
+        output_similarity="results/models/{model}/behavioral/{corpus}/output_similarity.parquet",
+    log:
+        "results/logs/long_tables/{model}/{corpus}.log",
+    benchmark:
+        "results/benchmarks/long_tables/{model}/{corpus}.tsv"
+    wildcard_constraints:
+        corpus=one_of(corpora_of(["long"])),
+    conda:
+        "../envs/statistics.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        """
+        exec >{log:q} 2>&1
+        python {input.code[0]:q} --activations {input.activations:q} --tokens {input.tokens:q} \
+            --load {output.load:q} --rank-counts {output.rank_counts:q} --output-similarity {output.output_similarity:q}
+        """
+
+
+rule short_tables:
+    """Counts and means of a short corpus, and its tables token by token."""
+    input:
+        code=code("scripts/behavioral_tables.py"),
+        activations="results/models/{model}/behavioral/{corpus}/activations.safetensors",
+        tokens="results/models/{model}/behavioral/{corpus}/tokens.parquet",
+    output:
+        load="results/models/{model}/behavioral/{corpus}/load.parquet",
+        rank_counts="results/models/{model}/behavioral/{corpus}/rank_counts.parquet",
+        output_similarity="results/models/{model}/behavioral/{corpus}/output_similarity.parquet",
+        routing="results/models/{model}/behavioral/{corpus}/routing.parquet",
+        norm_score="results/models/{model}/behavioral/{corpus}/norm_score.parquet",
+        output_similarity_tokens="results/models/{model}/behavioral/{corpus}/output_similarity_tokens.parquet",
+    log:
+        "results/logs/short_tables/{model}/{corpus}.log",
+    benchmark:
+        "results/benchmarks/short_tables/{model}/{corpus}.tsv"
+    wildcard_constraints:
+        corpus=one_of(corpora_of(["short"])),
+    conda:
+        "../envs/statistics.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        """
+        exec >{log:q} 2>&1
+        python {input.code[0]:q} --activations {input.activations:q} --tokens {input.tokens:q} \
+            --load {output.load:q} --rank-counts {output.rank_counts:q} --output-similarity {output.output_similarity:q} \
+            --routing {output.routing:q} --norm-score {output.norm_score:q} \
+            --output-similarity-tokens {output.output_similarity_tokens:q}
+        """

@@ -1,0 +1,46 @@
+# Targets that stand for a stage: `snakemake --cores all figures`. None of them makes a file itself.
+localrules:
+    checkpoints,
+    parametric,
+    behavioral,
+    tables,
+    figures,
+    notebooks,
+
+
+rule checkpoints:
+    """Every checkpoint, trained where it has to be, and its description."""
+    input:
+        [checkpoint_file(name) for name in MODELS],
+
+
+rule parametric:
+    """Every table made from weights."""
+    input:
+        [path for name in MODELS for path in tables_of(name, corpus_tables=False)],
+
+
+rule behavioral:
+    """Every table made from what the experts do on a corpus."""
+    input:
+        [path for name in MODELS for path in tables_of(name, corpus_tables=True)],
+
+
+rule tables:
+    """Every table across models."""
+    input:
+        expand("results/tables/{table}.{format}", table=all_tables(), format=["parquet", "csv"]),
+
+
+rule figures:
+    """Every figure of every model and across models."""
+    input:
+        expand("results/figures/{model}/{experiment}/figures.json", model=MODELS, experiment=experiments()),
+        expand("results/figures/comparison/{comparison}.png", comparison=COMPARISONS),
+
+
+rule notebooks:
+    """Every notebook, executed."""
+    input:
+        expand("results/notebooks/{notebook}-{model}.html", notebook=["parametric", "behavioral"], model=MODELS),
+        "results/notebooks/comparison.html",
