@@ -8,6 +8,8 @@ weights are read once and never copied whole. Products are float32 over at most 
 their sums float64: longer float32 sums of squares lose up to 1e-4 of a cosine at 1e6 terms.
 """
 
+import math
+
 import numpy as np
 import polars as pl
 import torch
@@ -19,6 +21,7 @@ from moe_atlas.errors import AtlasError
 REFERENCE, SHARED = "F", "SE"
 _SMALLEST_NORM = 1e-8
 _TERMS = 256  # length of a float32 dot product
+_ROWS = 8  # rows added in float32
 _BLOCK_CPU, _BLOCK_GPU = 1 << 20, 1 << 24  # float32 numbers converted at once: 4 MiB, the size of a cache; 64 MiB
 
 
@@ -29,14 +32,17 @@ def gram_and_means(
 
     bank: (N, rows, columns); extras: matrices (rows, columns); M = N + len(extras).
     mean_axis: 0 averages the rows (up, act: neurons are rows), 1 the columns (down).
-    block: float32 numbers held at once, at least one row of every matrix.
+    block: float32 numbers held at once, at least enough rows for whole dot products.
     Returns the Gram matrix (M, M) and the means (M, columns) or (M, rows), float64, on the bank's device.
     """
     experts, rows, columns = bank.shape
     count = experts + len(extras)
     if block is None:
         block = _BLOCK_GPU if bank.is_cuda else _BLOCK_CPU
-    step = min(rows, max(1, block // (count * columns)))
+    # A block is a whole number of dot products and of row sums, so that its size does not move their
+    # boundaries: results are the same to the last bit. Both lengths are powers of two.
+    whole = max(_TERMS // math.gcd(_TERMS, columns), _ROWS)
+    step = min(rows, max(1, block // (count * columns * whole)) * whole)
     buffer = torch.empty(count, step, columns, dtype=torch.float32, device=bank.device)
     gram = torch.zeros(count, count, dtype=torch.float64, device=bank.device)
     means = torch.zeros(count, columns if mean_axis == 0 else rows, dtype=torch.float64, device=bank.device)
@@ -48,10 +54,17 @@ def gram_and_means(
             part[row].copy_(extra[first:last])
         _add_products(gram, part.flatten(1))
         if mean_axis == 0:
-            means += part.sum(1)
+            means += _row_sums(part)
         else:
             means[:, first:last] = part.sum(2)
     return gram, means / (rows if mean_axis == 0 else columns)
+
+
+def _row_sums(part: torch.Tensor) -> torch.Tensor:
+    """Sum over the rows of (M, rows, columns) float32, eight at a time in float32, then in float64 (faster by far)."""
+    whole = part.shape[1] // _ROWS * _ROWS
+    sums = part[:, :whole].unflatten(1, (-1, _ROWS)).sum(2).sum(1, dtype=torch.float64)
+    return sums + part[:, whole:].sum(1, dtype=torch.float64)
 
 
 def _add_products(gram: torch.Tensor, vectors: torch.Tensor) -> None:
