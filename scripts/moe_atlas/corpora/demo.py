@@ -89,25 +89,32 @@ _PROSE = re.compile(r'[A-Z"*(“].*[.:]', re.DOTALL)
 
 
 def demo_texts(name: str) -> list[tuple[int, str]]:
-    """The texts of the demo corpus `name`, in document order.
+    """The texts of the demo corpus `name` as (document, text), documents counted from 0 in their order.
 
-    `name` is prose or code (held out), prose-train or code-train. Returns (document, text) pairs: documents
-    count from 0 within the corpus, a text is one paragraph of prose or one top-level block of code, and no
-    text comes twice. Raises AtlasError for an unknown name and for a Python that lacks the sources.
+    Raises AtlasError as `demo_documents`.
+    """
+    return [(document, text) for document, (_, texts) in enumerate(demo_documents(name)) for text in texts]
+
+
+def demo_documents(name: str) -> list[tuple[str, list[str]]]:
+    """The documents of the demo corpus `name` as (title, texts), in a fixed order.
+
+    `name` is prose or code (held out), prose-train or code-train. The title is the topic or the path of
+    the module; a text is one paragraph of prose or one top-level block of code, and no text comes twice,
+    so a document that others quote in full may be empty. Raises AtlasError for an unknown name and for a
+    Python that lacks the sources.
     """
     if name not in DEMO_CORPORA:
         raise AtlasError(f"demo:{name}: there is no such demo corpus; choose one of {', '.join(DEMO_CORPORA)}.")
-    cut = _prose if name.startswith("prose") else _code
-    held_out, training = cut()
-    chosen = training if name.endswith("-train") else held_out
-    seen = {text for _, texts in held_out for text in texts} if chosen is training else set()
-    result = []
-    for document, (_, texts) in enumerate(chosen):
-        for text in texts:
-            if text not in seen:
-                seen.add(text)
-                result.append((document, text))
-    return result
+    held_out, training = _prose() if name.startswith("prose") else _code()
+    is_training = name.endswith("-train")
+    seen = {text for _, texts in held_out for text in texts} if is_training else set()
+    documents = []
+    for title, texts in training if is_training else held_out:
+        fresh = [text for text in dict.fromkeys(texts) if text not in seen]
+        seen.update(fresh)
+        documents.append((title, fresh))
+    return documents
 
 
 def topics() -> dict[str, str]:

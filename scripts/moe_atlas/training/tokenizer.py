@@ -1,0 +1,53 @@
+"""The one tokenizer of the demo models: byte-level BPE trained on the demo's training texts."""
+
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from moe_atlas.corpora import demo_texts
+from moe_atlas.files import write_json
+
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+
+
+def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
+    """A byte-level BPE of `size` entries; `<unk>` is 0, `<s>` 1 and put before every text, `</s>` 2."""
+    # The merges do not depend on the number of threads, but a forked worker would make the library warn.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[UNK, BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, BOS_ID)]
+    )
+    return tokenizer
+
+
+def demo_tokenizer(size: int) -> Tokenizer:
+    """The tokenizer that all demo models share, trained on prose-train and code-train."""
+    return train_tokenizer([text for name in ("prose-train", "code-train") for _, text in demo_texts(name)], size)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": UNK,
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "model_max_length": longest,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
