@@ -95,7 +95,8 @@ def balance(load: np.ndarray) -> tuple[float, float]:
     """Normalised entropy and MaxVio of a load (N, k).
 
     f = share of the N experts in all choices. Entropy -sum f log f / log N is 1 for an even load, 0 when one
-    expert takes everything. MaxVio = N max f - 1 (Wang et al. 2024, auxiliary-loss-free balancing) is 0 for an even load.
+    expert takes everything. MaxVio = N max f - 1 (Wang et al. 2024, auxiliary-loss-free balancing) is 0 for an
+    even load.
     """
     total = load.sum(axis=1)
     share = total / total.sum()

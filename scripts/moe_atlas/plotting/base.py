@@ -1,6 +1,7 @@
 """What every figure of one model has: pages (layers), ranges, a drawing, a caption, an overview."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class Drawing:
     apply: Callable[[Limits, str], None]
 
 
-class Experiment:
+class Experiment(ABC):
     """Base of the figures of one model. Subclasses fill `pages` and draw one page.
 
     `parts` names the panels an overview repeats for each layer; `cell` is their size in inches.
@@ -51,43 +52,45 @@ class Experiment:
     parts: tuple[str, ...] = ("",)
     cell = (0.68, 0.68)
     columns = 8
-    overview_note = ""
+    overview_title = ""
+    overview_label: str | None = None  # label of the overview's colour bar
 
     def __init__(self, model: str, corpus: str | None, tables: dict[str, pl.DataFrame]):
         self.model, self.corpus = model, corpus
         self.pages: list[Page] = self.read(tables)
+        self._full: dict[bool, Limits] = {}
 
     # What subclasses define ------------------------------------------------------------------
+    @abstractmethod
     def read(self, tables: dict[str, pl.DataFrame]) -> list[Page]:
         """Pages from the tables, in the order they are listed."""
-        raise TypeError(f"{type(self).__name__} has no read()")
 
+    @abstractmethod
     def limits(self, page: Page, whole: bool) -> Limits:
         """Ranges this page needs, by name; `whole` when they are to hold for the whole model."""
-        raise TypeError(f"{type(self).__name__} has no limits()")
 
+    @abstractmethod
     def draw(self, page: Page) -> Drawing:
         """The figure of one page; its ranges are set by `Drawing.apply(limits, "auto" or "full")`."""
-        raise TypeError(f"{type(self).__name__} has no draw()")
 
+    @abstractmethod
     def caption(self, page: Page, which: str) -> str:
         """One plain sentence: model, layer, corpus, what is drawn, unit, chance level."""
-        raise TypeError(f"{type(self).__name__} has no caption()")
 
+    @abstractmethod
     def mini(self, axes, page: Page, part: int, limits: Limits):
         """One panel of the overview, without ticks; returns the mappable of a heat map or None."""
-        raise TypeError(f"{type(self).__name__} has no mini()")
-
-    overview_title = ""
-    overview_label: str | None = None  # label of the overview's colour bar
 
     # What they share -------------------------------------------------------------------------
     def ranges(self, page: Page, which: str) -> Limits:
         """auto: the range of this page; full: the common range of all pages that compare with it."""
         if which == "auto":
             return {key: widen(*value) for key, value in self.limits(page, False).items()}
-        peers = [self.limits(p, True) for p in self.pages if (p.layer == "all") == (page.layer == "all")]
-        return {key: widen(*union([peer[key] for peer in peers])) for key in peers[0]}
+        summed = page.layer == "all"  # sums over layers compare with each other only
+        if summed not in self._full:
+            peers = [self.limits(p, True) for p in self.pages if (p.layer == "all") == summed]
+            self._full[summed] = {key: widen(*union([peer[key] for peer in peers])) for key in peers[0]}
+        return self._full[summed]
 
     def title(self, page: Page | None = None) -> str:
         """First line of a figure: model · corpus · layer."""
@@ -98,9 +101,6 @@ class Experiment:
     def place(self) -> str:
         """As in captions: 'of demo-mixtral on the corpus prose'."""
         return f"of {self.model}" + (f" on the corpus {self.corpus}" if self.corpus else "")
-
-    def range_text(self, which: str) -> str:
-        return "range of this layer" if which == "auto" else "one range for all layers of the model"
 
     def overview(self) -> Figure:
         """All layers in small multiples with one common range; for a model without experts a sentence."""

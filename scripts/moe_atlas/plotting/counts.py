@@ -169,9 +169,9 @@ class Load(Experiment):
         entropy, violation = balance(load)
         scale = "the range of this layer" if which == "auto" else "the same for all layers"
         return (
-            f"Share of {_tokens(load):,.0f} tokens that chose each expert in {page.text} {self.place}, stacked by the rank "
-            f"of the choice; an even load is {ranks}/{experts} (dashed), normalised entropy is {entropy:.3f} and MaxVio "
-            f"{violation:.2f}, the axis is {scale}."
+            f"Share of {_tokens(load):,.0f} tokens that chose each expert in {page.text} {self.place}, stacked by the "
+            f"rank of the choice; an even load is {ranks}/{experts} (dashed), normalised entropy is {entropy:.3f} "
+            f"and MaxVio {violation:.2f}, the axis is {scale}."
         )
 
 

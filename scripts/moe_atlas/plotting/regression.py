@@ -86,9 +86,9 @@ class RouterRegression(Experiment):
         values = ", ".join(f"{m} {_interval(f)}" for m, f in zip(_MATRICES, fits, strict=True))
         scale = "axes span this layer" if which == "auto" else "axes are the same for all layers"
         return (
-            f"Cosine of router rows against cosine of mean neurons for {fits[0]['n_pairs']:,} pairs of routed experts in "
-            f"{page.text} {self.place}, with the least-squares line and Pearson's r with its 95 % interval ({values}); "
-            f"chance is r = 0, {scale}."
+            f"Cosine of router rows against cosine of mean neurons for {fits[0]['n_pairs']:,} pairs of routed experts "
+            f"in {page.text} {self.place}, with the least-squares line and Pearson's r with its 95 % interval "
+            f"({values}); chance is r = 0, {scale}."
         )
 
 

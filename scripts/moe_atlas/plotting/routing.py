@@ -121,9 +121,9 @@ class NormScore(Experiment):
         cut = f"the first {tokens} of {self.total}" if self.total > tokens else f"each of the {tokens}"
         scale = "the range of this layer" if which == "auto" else "the same for all layers"
         return (
-            f"L2 norm of every expert's output before the routing weight (left axis) and softmax score of the router over "
-            f"all {experts} experts (right axis) in {page.text} {self.place} for {cut} tokens; a score of 1/{experts} is "
-            f"what an even router gives (dotted), axes are {scale}."
+            f"L2 norm of every expert's output before the routing weight (left axis) and softmax score of the router "
+            f"over all {experts} experts (right axis) in {page.text} {self.place} for {cut} tokens; a score of "
+            f"1/{experts} is what an even router gives (dotted), axes are {scale}."
         )
 
 

@@ -115,7 +115,7 @@ def label_text(label: str) -> str:
     return _EXTRA.get(label, label)
 
 
-def thinned(labels: list[str], inches: float, room: float = 0.14) -> tuple[list[int], list[str]]:
+def thinned(labels: list[str], inches: float, room: float = 0.16) -> tuple[list[int], list[str]]:
     """Positions and texts of the ticks that fit on an axis of this length.
 
     Numbered experts keep every 1st, 2nd, 4th, 5th, 8th, 10th, ...; the others (F, F′, SE) are

@@ -1,0 +1,121 @@
+"""The numbers behind the comparison figures: one value for each model, layer and panel."""
+
+import math
+
+import numpy as np
+import polars as pl
+
+from moe_atlas.plotting.arrays import balance, diagonal_share, load_array, pages_of, rank_array
+
+COLUMNS = {
+    "model": pl.String,
+    "site": pl.String,
+    "row": pl.String,  # which measure: the row of panels
+    "column": pl.String,  # which matrix or corpus: the column of panels
+    "layer": pl.Int64,
+    "depth": pl.Float64,  # layer / last layer, 0..1
+    "value": pl.Float64,
+    "low": pl.Float64,  # 95 % interval, where there is one
+    "high": pl.Float64,
+    "chance": pl.Float64,  # what no relation, or an even router, gives
+    "null_sd": pl.Float64,  # standard deviation around chance, where it is known
+}
+NUMBER = pl.col("a").str.contains(r"^\d+$") & pl.col("b").str.contains(r"^\d+$")
+
+
+def measures(name: str, frames: dict[str, pl.DataFrame], checkpoints: dict[str, dict] | None = None) -> pl.DataFrame:
+    """Tidy numbers (COLUMNS) of the comparison `name` from the tables of all models.
+
+    `checkpoints`: checkpoint.json by model; gives the number of layers and the sizes that the null needs.
+    """
+    checkpoints = checkpoints or {}
+    rows = _FUNCTIONS[name](frames, checkpoints)
+    full = [{**dict.fromkeys(COLUMNS), "site": "ffn", **row} for row in rows]
+    frame = pl.DataFrame(full, schema=COLUMNS)
+    last = {model: max(part["layer"]) for (model,), part in pages_of(frame, ("model",)).items()}
+    last.update({model: checkpoint["L"] - 1 for model, checkpoint in checkpoints.items()})
+    depth = [layer / max(last[model], 1) for model, layer in zip(frame["model"], frame["layer"], strict=True)]
+    return frame.with_columns(pl.Series("depth", depth, dtype=pl.Float64))
+
+
+def _weight_similarity(frames, checkpoints):
+    pairs = frames["similarity"].filter(NUMBER & (pl.col("a") != pl.col("b")) & (pl.col("matrix") != "router"))
+    means = pairs.group_by("model", "level", "matrix", "layer", maintain_order=True).agg(pl.col("cosine").mean())
+    for row in means.iter_rows(named=True):
+        sizes = checkpoints.get(row["model"])
+        null_sd = None
+        if sizes:
+            components = sizes["d"] * (sizes["m"] if row["level"] == "matrix" else 1)
+            null_sd = 1 / math.sqrt(components)  # cosine of two independent isotropic vectors
+        level = "matrix level" if row["level"] == "matrix" else "mean neuron"
+        yield {
+            "model": row["model"], "row": level, "column": row["matrix"], "layer": row["layer"],
+            "value": row["cosine"], "chance": 0.0, "null_sd": null_sd,
+        }  # fmt: skip
+
+
+def _router_regression(frames, checkpoints):
+    for row in frames["regression"].iter_rows(named=True):
+        yield {
+            "model": row["model"], "row": "Pearson r", "column": row["matrix"], "layer": row["layer"],
+            "value": row["r"], "low": row["r_low"], "high": row["r_high"], "chance": 0.0,
+        }  # fmt: skip
+
+
+def _output_similarity(frames, checkpoints):
+    pairs = frames["output_similarity"].filter(NUMBER & (pl.col("a") != pl.col("b")))
+    keys = ("model", "corpus", "site", "layer")
+    means = pairs.group_by(*keys, maintain_order=True).agg(pl.col("angular_mean").mean())
+    for row in means.iter_rows(named=True):
+        yield {
+            "model": row["model"], "site": row["site"], "row": "mean angular similarity", "column": row["corpus"],
+            "layer": row["layer"], "value": row["angular_mean"], "chance": 0.5,
+        }  # fmt: skip
+
+
+def _by_layer(frame: pl.DataFrame, rows_of):
+    """rows_of(part) -> (row name, value, chance) for each model, corpus, site and layer."""
+    for (model, corpus, site, layer), part in pages_of(frame, ("model", "corpus", "site", "layer")).items():
+        for row, value, chance in rows_of(part):
+            yield {
+                "model": model, "site": site, "row": row, "column": corpus, "layer": layer, "value": value,
+                "chance": chance,
+            }  # fmt: skip
+
+
+def _norm_score(frames, checkpoints):
+    def rows_of(part):
+        share = diagonal_share(rank_array(part))
+        yield "largest norm has\nhighest score", float(share[-1]), 1 / len(share)
+        yield "norm rank equals\nscore rank", float(np.nanmean(share)), 1 / len(share)
+
+    return _by_layer(frames["rank_counts"], rows_of)
+
+
+def _load_balance(frames, checkpoints):
+    def rows_of(part):
+        entropy, violation = balance(load_array(part))
+        yield "normalised entropy", entropy, 1.0
+        yield "MaxVio", violation, 0.0
+
+    return _by_layer(frames["load"], rows_of)
+
+
+def _top_score(frames, checkpoints):
+    def rows_of(part):
+        tokens, weights = load_array(part), load_array(part, "weight_sum")
+        for rank, row in ((0, "weight of the\nfirst choice"), (1, "weight of the\nsecond choice")):
+            if rank < tokens.shape[1] and tokens[:, rank].sum() > 0:
+                yield row, float(weights[:, rank].sum() / tokens[:, rank].sum()), None
+
+    return _by_layer(frames["load"], rows_of)
+
+
+_FUNCTIONS = {
+    "weight_similarity": _weight_similarity,
+    "router_regression": _router_regression,
+    "output_similarity": _output_similarity,
+    "norm_score": _norm_score,
+    "load_balance": _load_balance,
+    "top_score": _top_score,
+}
