@@ -31,12 +31,13 @@ def read_config(directory: str | os.PathLike) -> PreTrainedConfig:
     values = read_json(path)
     if not isinstance(values, dict):
         raise AtlasError(f"{path}: this is not a JSON object; restore the file.")
-    model_type = values.get("model_type") or _model_type_of_class(values.get("architectures") or [])
-    if model_type not in CONFIG_MAPPING:
-        name = f"model type {model_type!r}" if model_type else f"architectures {values.get('architectures')!r}"
-        raise AtlasError(f"{path}: there is no model class for {name}; see CONTRIBUTING.md, 'add an architecture'.")
+    architectures = values.get("architectures") or []
+    model_type = values.get("model_type") or _model_type_of_class(architectures)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        name = f"model type {model_type!r}" if model_type else f"architectures {architectures}"
+        raise AtlasError(f"{path}: there is no model class for {name}; see 'add an architecture' in CONTRIBUTING.md.")
     try:
-        if "model_type" in values:
+        if values.get("model_type"):
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         else:
             config = CONFIG_MAPPING[model_type].from_dict(values)

@@ -51,10 +51,10 @@ class Grok1Config(LlamaConfig):
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
-    attn_output_multiplier: float = 0.08838834764831845
-    embedding_multiplier_scale: float = 78.38367176906169
-    output_multiplier_scale: float = 0.5773502691896257
-    max_attn_value: float = 30.0
+    attn_output_multiplier: float | int = 0.08838834764831845
+    embedding_multiplier_scale: float | int = 78.38367176906169
+    output_multiplier_scale: float | int = 0.5773502691896257
+    max_attn_value: float | int = 30.0
     num_experts: int = 8
     num_experts_per_tok: int = 2
 
