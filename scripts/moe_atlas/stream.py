@@ -23,6 +23,7 @@ from moe_atlas.architectures import internals
 from moe_atlas.architectures.config import read_config
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
+from moe_atlas.memory import return_large_blocks
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,6 +84,7 @@ class LayerStream:
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", device: str | torch.device = "cpu"):
+        return_large_blocks()
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.config = read_config(checkpoint.directory)
         self.model = skeleton(self.config, run_dtype(dtype, self.config, checkpoint))
@@ -110,6 +112,7 @@ class LayerStream:
                 f"{self.checkpoint.directory}: the weights do not fit config.json ({error}); fetch both again."
             ) from None
         for module in modules:
+            module.requires_grad_(False)
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
                 if tensor.is_meta:
                     path = ".".join(filter(None, (self._module_of[module], name)))
