@@ -1,0 +1,45 @@
+"""Put one table of all models together, as parquet and as CSV."""
+
+import argparse
+
+import polars as pl
+
+from moe_atlas import tables
+from moe_atlas.errors import AtlasError
+from moe_atlas.files import atomic_path
+from moe_atlas.log import run, say
+
+ROWS_PER_GROUP = 1 << 18
+
+
+def scan(name: str, path: str) -> pl.LazyFrame:
+    """One input, unread; its columns are checked from the file's footer."""
+    try:
+        frame = pl.scan_parquet(path)
+        schema = dict(frame.collect_schema())
+    except (FileNotFoundError, pl.exceptions.ComputeError) as error:
+        raise AtlasError(f"{path}: this is not a readable parquet table ({error}); delete it and run again.") from None
+    if schema != tables.TABLES[name].schema or list(schema) != list(tables.TABLES[name].schema):
+        raise AtlasError(f"{path}: these are not the columns of the table {name}; delete it and run again.")
+    return frame
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", required=True, choices=tables.TABLES, help="which table")
+    parser.add_argument(
+        "--inputs", required=True, nargs="+", help="the models' parquet files, in the order of the rows"
+    )
+    parser.add_argument("--parquet", required=True, help="table to write (parquet)")
+    parser.add_argument("--csv", required=True, help="the same as CSV; an empty field is a missing value")
+    arguments = parser.parse_args()
+    together = pl.concat([scan(arguments.table, path) for path in arguments.inputs])
+    with atomic_path(arguments.parquet) as parquet, atomic_path(arguments.csv) as csv:
+        together.sink_parquet(parquet, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        pl.scan_parquet(parquet).sink_csv(csv)
+    rows = pl.scan_parquet(arguments.parquet).select(pl.len()).collect().item()
+    say(f"{arguments.table}: {rows} rows of {len(arguments.inputs)} files written to {arguments.parquet}")
+
+
+if __name__ == "__main__":
+    run(main)
