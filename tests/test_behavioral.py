@@ -92,6 +92,13 @@ def test_identical_opposite_and_orthogonal_outputs():
     assert sums.arrays()["angular_sum"][0].tolist() == pytest.approx([1, 1, 0, 0.5], abs=1e-15)
 
 
+def test_rounding_does_not_take_a_cosine_past_one():
+    outputs = normal(1, 300, 9).expand(2, 300, 9)
+    outputs = torch.stack([outputs[0], 3 * outputs[1]])
+    cosines = pair_cosines(outputs)[:, 0, 1]
+    assert cosines.max() <= 1 and cosines.min() > 1 - 1e-14
+
+
 def test_pair_sums_match_loops_however_the_tokens_are_split():
     cosines = pair_cosines(normal(3, 11, 6))
     whole, parts = PairSums(3), PairSums(3)
@@ -363,7 +370,8 @@ def test_equal_tokens_have_no_spread_and_one_token_none_at_all(tmp_path):
 
     write_run(tmp_path, sites=[site], change=repeat)
     frame = frames_of(tmp_path, "output_similarity")
-    assert frame["cosine_sd"].min() >= 0 and frame["cosine_sd"].max() < 1e-7
+    for column in ("cosine_sd", "angular_sd"):
+        assert frame[column].is_between(0, 1e-7).all(), frame[column]
     write_run(tmp_path, sites=[site], tokens=TOKENS[:1])
     frame = frames_of(tmp_path, "output_similarity")
     assert frame["cosine_sd"].null_count() == frame["angular_sd"].null_count() == len(frame) == 6

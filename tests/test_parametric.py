@@ -354,7 +354,7 @@ def test_reference_and_shared_expert_and_the_matrix_level_take_no_part():
     others = table.with_columns(b=pl.lit("F"), cosine=pl.lit(0.9)).unique()
     shared = others.with_columns(b=pl.lit("SE"))
     matrix_level = table.filter(pl.col("matrix") != "router").with_columns(level=pl.lit("matrix"), cosine=pl.lit(0.1))
-    more = pl.concat([others, shared, matrix_level, table])
+    more = pl.concat([others, shared, table, matrix_level])
     assert router_regression(more, seed=2).equals(router_regression(table, seed=2))
 
 

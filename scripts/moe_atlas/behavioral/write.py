@@ -17,24 +17,15 @@ def write_frames(name: str, frames: Iterable[pl.DataFrame], path: str | os.PathL
 
     An exception raised while a frame is made leaves `path` as it was and reaches the caller as it is.
     """
-    rows, failure = 0, None
+    rows = 0
 
-    def source(columns, predicate, row_limit, batch_size) -> Iterator[pl.DataFrame]:  # a plain sink asks for nothing
-        nonlocal rows, failure
-        try:
-            for frame in frames:
-                rows += len(frame)
-                yield tables.conform(name, frame)
-        except Exception as error:
-            failure = error  # polars would turn it into a ComputeError
-            raise
+    def source(columns, predicate, row_limit, batch_size) -> Iterator[pl.DataFrame]:  # a plain sink asks for all
+        nonlocal rows
+        for frame in frames:
+            rows += len(frame)
+            yield tables.conform(name, frame)
 
     with atomic_path(path) as temporary:
         lazy = register_io_source(source, schema=tables.TABLES[name].schema)
-        try:
-            lazy.sink_parquet(temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
-        except Exception:
-            if failure is not None:
-                raise failure from None
-            raise
+        lazy.sink_parquet(temporary, compression="zstd", row_group_size=ROWS_PER_GROUP)
     return rows
