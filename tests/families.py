@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, JetMoeConfig, MistralConfig, MixtralConfig, OlmoeConfig
+
 from moe_atlas import architectures
 from moe_atlas.architectures.deepseek import DeepseekConfig
 from moe_atlas.architectures.grok import Grok1Config
-from transformers import AutoModelForCausalLM, JetMoeConfig, MistralConfig, MixtralConfig, OlmoeConfig
 
 _COMMON = {
     "vocab_size": 96,

@@ -7,10 +7,11 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
 from moe_atlas.stream import LayerStream
-from transformers import AutoModelForCausalLM
 
 BATCHES = [torch.tensor(families.token_ids([17, 17])), torch.tensor(families.token_ids([9], seed=2))]
 
