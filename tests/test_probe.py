@@ -117,7 +117,7 @@ def test_labels_name_the_reference_and_the_shared_expert(checkpoints):
     sites, _ = extract(Checkpoint(checkpoints / "deepseek"), SEQUENCES, keep_tokens=False)
     assert [site["layer"] for site in sites] == [1, 2]
     assert sites[0]["labels"] == [*map(str, range(7)), "SE"]
-    sites, _ = extract(Checkpoint(checkpoints / "jetmoe"), SEQUENCES, keep_tokens=False, reference=reference_checkpoint)
+    sites, _ = extract(Checkpoint(checkpoints / "jetmoe"), SEQUENCES, keep_tokens=False, reference=dense)
     labels = {site["site"]: site["labels"] for site in sites}
     assert labels == {"attention": [*"0123"], "ffn": [*"0123", "F", "F_same_input"]}
 

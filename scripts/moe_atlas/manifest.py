@@ -32,12 +32,15 @@ def describe(model: str, source: str, revision: str, directory: str | os.PathLik
     if not directory.is_dir():
         raise AtlasError(f"{directory}: there is no such directory; correct the source of {model} in the sheet.")
     config = read_config(directory)
+    path = directory / "config.json"
     checkpoint = Checkpoint(directory)
-    network = skeleton(config)
+    try:
+        network = skeleton(config)
+    except AtlasError as error:
+        raise AtlasError(f"{path}: {error}") from None
     layers = decoder_layers(network)
     sites = {index: find_sites(layer) for index, layer in enumerate(layers)}
     ffn_sites = {index: site for index in sites for site in sites[index] if site.name == "ffn"}
-    path = directory / "config.json"
     if ffn_sites:
         _check_count(path, config, min(site.num_experts for site in ffn_sites.values()))
     elif not dense_allowed:

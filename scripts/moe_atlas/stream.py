@@ -41,8 +41,15 @@ def run_dtype(name: str, config: PreTrainedConfig, checkpoint: Checkpoint) -> to
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The causal language model of `config` on the meta device, with real rotary tables, in eval mode."""
     architectures.register()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, TypeError, AttributeError) as error:  # no causal model of this type, or values that do not fit
+        first = str(error).splitlines()[0]
+        raise AtlasError(
+            f"no causal language model can be built from the config of model type {config.model_type!r} ({first}); "
+            'see "add an architecture" in CONTRIBUTING.md.'
+        ) from None
     internals.make_buffers(model)
     return model.eval().requires_grad_(False)
 
