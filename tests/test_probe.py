@@ -109,10 +109,8 @@ def test_a_dense_model_has_no_sites(checkpoints):
 
 
 def test_labels_name_the_reference_and_the_shared_expert(checkpoints):
-    reference_checkpoint = Checkpoint(checkpoints / "mistral")
-    sites, _ = extract(
-        Checkpoint(checkpoints / "mixtral"), SEQUENCES, keep_tokens=False, reference=reference_checkpoint
-    )
+    dense = Checkpoint(checkpoints / "mistral")
+    sites, _ = extract(Checkpoint(checkpoints / "mixtral"), SEQUENCES, keep_tokens=False, reference=dense)
     assert sites[0]["labels"] == ["0", "1", "2", "3", "4", "5", "F", "F_same_input"]
     sites, _ = extract(Checkpoint(checkpoints / "deepseek"), SEQUENCES, keep_tokens=False)
     assert [site["layer"] for site in sites] == [1, 2]
