@@ -35,7 +35,11 @@ def main() -> None:
     arguments = parser.parse_args()
     together = pl.concat([scan(arguments.table, path) for path in arguments.inputs])
     with atomic_path(arguments.parquet) as parquet, atomic_path(arguments.csv) as csv:
-        together.sink_parquet(parquet, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        try:
+            together.sink_parquet(parquet, compression="zstd", row_group_size=ROWS_PER_GROUP)
+        except pl.exceptions.ComputeError as error:
+            inputs = ", ".join(arguments.inputs)
+            raise AtlasError(f"one of {inputs} is damaged ({error}); delete it and run again.") from None
         pl.scan_parquet(parquet).sink_csv(csv)
     rows = pl.scan_parquet(arguments.parquet).select(pl.len()).collect().item()
     say(f"{arguments.table}: {rows} rows of {len(arguments.inputs)} files written to {arguments.parquet}")

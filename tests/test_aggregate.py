@@ -99,7 +99,13 @@ def cut_short(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
-@pytest.mark.parametrize("damage", [other_columns, other_order, other_dtype, cut_short, Path.unlink])
+def damaged_data(path):
+    content = bytearray(path.read_bytes())
+    content[4:200] = bytes(196)  # the footer still reads well
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [other_columns, other_order, other_dtype, cut_short, damaged_data, Path.unlink])
 def test_a_wrong_input_is_named_and_the_old_table_stays(inputs, tmp_path, damage):
     paths, _ = inputs
     aggregate(tmp_path, "regression", paths)
