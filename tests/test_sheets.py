@@ -1,0 +1,229 @@
+"""The sheets and the config: what is taken, and the sentence for each thing that is not."""
+
+import re
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from workflow_runs import ROOT
+
+from moe_atlas.corpora.demo import DEMO_CORPORA
+from moe_atlas.errors import AtlasError
+from moe_atlas.sheets import fingerprint, load_config, load_corpora, load_models, schema
+from moe_atlas.training import recipes
+
+HEADER = "model\tsource\tdense_reference\tdtype\tgpus\tenabled\n"
+RECIPES = ("tiny", "other")
+
+
+def sheet(tmp_path, text, name="models.tsv", encoding="utf-8"):
+    path = tmp_path / name
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def models(tmp_path, *lines, header=HEADER):
+    return load_models(sheet(tmp_path, header + "".join(line + "\n" for line in lines)), RECIPES)
+
+
+def corpora(tmp_path, *lines, header="corpus\tsource\tkind\tmax_sequences\n"):
+    return load_corpora(sheet(tmp_path, header + "".join(line + "\n" for line in lines)), ("prose", "code"))
+
+
+def test_the_shipped_sheets_are_taken():
+    config = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
+    assert load_config(config) == load_config({})
+    found = load_models(ROOT / "config/models.tsv", list(recipes.load()))
+    assert list(found)[:2] == ["demo-mistral", "demo-mixtral"] and len(found) == 7
+    assert found["demo-mixtral"].dense_reference == found["demo-mixtral-instruct"].dense_reference == "demo-mistral"
+    assert {model.recipe for model in found.values()} == set(recipes.load())
+    texts = load_corpora(ROOT / "config/corpora.tsv", DEMO_CORPORA)
+    assert {corpus.corpus: corpus.kind for corpus in texts.values()} == {
+        "prompt": "short",
+        "routing-prompt": "short",
+        "prose": "long",
+        "code": "long",
+    }
+    assert texts["prompt"].source == "prompt:As an open source alternative to"
+    assert texts["routing-prompt"].source.endswith(
+        " is a powerful language model based on the GPT (Generative Pre-trained Transformer"
+    )
+
+
+def test_cells_are_typed_and_defaults_come_from_the_schema(tmp_path):
+    model = models(tmp_path, "a\tdemo:tiny\t\tfloat32\t2\tTRUE", "b\tdemo:other\ta\t\t\t")["b"]
+    assert (model.dense_reference, model.dtype, model.gpus, model.enabled) == ("a", "auto", 0, True)
+    assert model.mem_mb == schema("models")["properties"]["mem_mb"]["default"]
+    assert (model.recipe, model.directory) == ("other", "results/checkpoints/other")
+    corpus = corpora(tmp_path, "c\tdemo:prose\tlong\t12")["c"]
+    assert (corpus.rule, corpus.max_sequences, corpus.file) == ("whole", 12, "")
+
+
+def test_rows_that_are_not_enabled_are_left_out(tmp_path):
+    found = models(tmp_path, "a\tdemo:tiny\t\t\t\t", "b\thf:someone/model\t\t\t\tfalse")
+    assert list(found) == ["a"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_a_spreadsheet_programs_file_is_taken(tmp_path, encoding, ending):
+    text = f'corpus\tsource\tkind{ending}{ending}c\t"prompt:say ""x"", ü"\tshort{ending}'
+    path = sheet(tmp_path, text, encoding=encoding)
+    assert load_corpora(path, ())["c"].source == 'prompt:say "x", ü'
+
+
+def test_local_checkpoints_and_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my models" / "one"
+    folder.mkdir(parents=True)
+    with pytest.raises(AtlasError, match=r"line 2 \(a\), column source: the folder my models/one has no config.json"):
+        models(tmp_path, "a\tpath:my models/one\t\t\t\t")
+    (folder / "config.json").write_text("{}")
+    assert models(tmp_path, "a\tpath:my models/one\t\t\t\t")["a"].directory == "my models/one"
+    (tmp_path / "text.txt").write_text("words")
+    assert corpora(tmp_path, "c\tfile:text.txt\tlong\t")["c"].file == "text.txt"
+
+
+MODEL_FAULTS = [
+    (["A\tdemo:tiny\t\t\t\t"], r"line 2 \(A\), column model: 'A' is not allowed here; use lower-case letters"),
+    (["a/b\tdemo:tiny\t\t\t\t"], r"line 2 \(a/b\), column model: "),
+    (["comparison\tdemo:tiny\t\t\t\t"], r"line 2 \(comparison\), column model: .* not the word comparison"),
+    (
+        ["a\tdemo:tiny\t\t\t\t", "a\tdemo:other\t\t\t\t"],
+        r"line 3 \(a\), .*: the id is already that of line 2",
+    ),
+    (["\tdemo:tiny\t\t\t\t"], r"line 2 \(\), column model: the cell is empty; fill it in"),
+    (["a\ttiny\t\t\t\t"], r"line 2 \(a\), column source: 'tiny' is not allowed here; write demo:RECIPE"),
+    (["a\thf:tiny\t\t\t\t"], r"column source: 'hf:tiny' is not allowed here"),
+    (["a\tdemo:tinny\t\t\t\t"], r"there is no recipe tinny \(did you mean tiny\?\); the recipes are tiny, other"),
+    (["a\thf:x/y\t\t\t\t"], r"column source: this version cannot make hf:x/y; name a local copy with path:DIR"),
+    (["a\temoe:b\t\t\t\t"], r"column source: this version cannot make emoe:b; .* set enabled to false"),
+    (["a\tpath:nowhere\t\t\t\t"], r"column source: there is no folder nowhere"),
+    (["a\tdemo:tiny\tb\t\t\t"], r"column dense_reference: there is no row b; add it"),
+    (["a\tdemo:tiny\ta\t\t\t"], r"column dense_reference: a model cannot be its own reference"),
+    (["a\tdemo:tiny\tb\t\t\t", "b\tdemo:tiny\t\t\t\tfalse"], r"dense_reference: the row b is not enabled"),
+    (["a\tdemo:tiny\t\tfloat16\t\t"], r"column dtype: 'float16' is not one of auto, float32, bfloat16 \(did you mean"),
+    (["a\tdemo:tiny\t\t\ttwo\t"], r"column gpus: 'two' is not a whole number; write a whole number"),
+    (["a\tdemo:tiny\t\t\t1.5\t"], r"column gpus: '1.5' is not a whole number"),
+    (["a\tdemo:tiny\t\t\t-1\t"], r"column gpus: -1 is below 0"),
+    (["a\tdemo:tiny\t\t\t\tyes"], r"column enabled: 'yes' is not true or false; write true or false"),
+    (["a\tdemo:tiny\t\t\t\tfalse"], r"no row is enabled; set enabled to true in one"),
+    (["a\tdemo:tiny"], r"line 2 \(a\): the line has 2 fields and the header 6; separate fields by one tab"),
+    (["a demo:tiny"], r"the line has 1 fields"),
+    ([], r"the sheet has columns but no rows; add one"),
+]
+
+
+@pytest.mark.parametrize(("lines", "sentence"), MODEL_FAULTS)
+def test_a_faulty_model_sheet_is_refused_with_a_sentence(tmp_path, lines, sentence):
+    with pytest.raises(AtlasError, match=sentence) as caught:
+        models(tmp_path, *lines)
+    text = str(caught.value)
+    assert text.startswith(str(tmp_path / "models.tsv")) and text.endswith(".") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("header", "sentence"),
+    [
+        ("model\tsource\tdtyp\n", r"line 1, column 'dtyp': there is no such column \(did you mean dtype\?\)"),
+        ("model source\n", r"column 'model source': there is no such column.*separated by tabs"),
+        ("model\tdtype\n", r"line 1, column source: the column is missing; add it"),
+        ("model\tsource\tsource\n", r"column source: the column is there twice; remove one"),
+        ("", r"the sheet is empty; its first line names the columns model, source"),
+    ],
+)
+def test_a_faulty_header_is_refused_with_a_sentence(tmp_path, header, sentence):
+    with pytest.raises(AtlasError, match=sentence):
+        models(tmp_path, header=header)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("c\tdemo:pros\tlong\t", r"there is no demo text pros \(did you mean prose\?\); they are prose, code"),
+        ("c\thf:a/b\tlong\t", r"this version cannot fetch hf:a/b; name a local copy with file:PATH"),
+        ("c\tfile:text.txt\tlong\t", r"there is no file text.txt; write the path"),
+        ("c\tfile:text.doc\tlong\t", r"column source: 'file:text.doc' is not allowed here"),
+        ("c\tprompt:\tshort\t", r"column source: 'prompt:' is not allowed here"),
+        ("c\tdemo:prose\tmedium\t", r"column kind: 'medium' is not one of short, long"),
+        ("c\tdemo:prose\tlong\tall", r"column max_sequences: 'all' is not a whole number"),
+        ("C\tdemo:prose\tlong\t", r"line 2 \(C\), column corpus: 'C' is not allowed here; use lower-case"),
+        ("c\tdemo:prose\t\t", r"column kind: the cell is empty; fill it in"),
+    ],
+)
+def test_a_faulty_corpus_sheet_is_refused_with_a_sentence(tmp_path, line, sentence):
+    with pytest.raises(AtlasError, match=sentence):
+        corpora(tmp_path, line)
+
+
+def test_unreadable_sheets_are_refused_with_a_sentence(tmp_path):
+    with pytest.raises(AtlasError, match=r"none.tsv: there is no such file; name the sheet in config/config.yaml"):
+        load_models(tmp_path / "none.tsv", RECIPES)
+    with pytest.raises(AtlasError, match="the sheet cannot be read"):
+        load_models(tmp_path, RECIPES)
+    with pytest.raises(AtlasError, match="the sheet is not UTF-8 text; save it as tab-separated UTF-8"):
+        load_models(sheet(tmp_path, "model\tsource\nü\tdemo:tiny\n", encoding="utf-16"), RECIPES)
+    with pytest.raises(AtlasError, match="line 2: the line cannot be read"):
+        load_models(sheet(tmp_path, 'model\tsource\na\t"demo:tiny" x\n'), RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"sed": 1}, r"config, key sed: there is no such key \(did you mean seed\?\); the keys are models, corpora"),
+        ({"seed": "one"}, r"config, key seed: 'one' is not a whole number; write a whole number from 0"),
+        ({"seed": -1}, r"config, key seed: -1 is below 0"),
+        ({"demo_steps_factor": 0}, r"config, key demo_steps_factor: 0 is not above 0; write a number above 0"),
+        ({"demo_steps_factor": True}, r"config, key demo_steps_factor: True is not a number"),
+        ({"models": None}, r"config, key models: None is not a text; write the path"),
+        ({"corpora": ""}, r"config, key corpora: '' is not allowed here; write the path"),
+    ],
+)
+def test_a_faulty_config_is_refused_with_a_sentence(config, sentence):
+    with pytest.raises(AtlasError, match=sentence):
+        load_config(config)
+
+
+@given(st.text(st.characters(blacklist_categories=("Cs",)), max_size=30))
+def test_an_id_is_taken_only_if_it_is_a_plain_name(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("sheet") / "models.tsv"
+    path.write_text(f"model\tsource\n{text}\tdemo:tiny\n", encoding="utf-8", newline="")
+    try:
+        found = list(load_models(path, RECIPES))
+    except AtlasError:
+        found = []
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name) for name in found)
+    if re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,9}", text):
+        assert found == [text]
+
+
+def test_a_fingerprint_follows_names_and_sizes_only(tmp_path):
+    def make(name, weights=b"1234", **others):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(weights)
+        for file, text in others.items():
+            (folder / file).write_text(text)
+        return fingerprint(folder)
+
+    first = make("first")
+    assert make("copied") == first
+    assert make("with_notes", README="read me") == first
+    assert make("longer", b"12345") != first
+    assert make("tokenizer", **{"tokenizer.json": "{}"}) != first
+
+
+@pytest.mark.parametrize("name", ["models", "corpora", "config"])
+def test_every_field_is_described_and_documented(name):
+    rules = schema(name)
+    manual = (ROOT / "config/README.md").read_text(encoding="utf-8")
+    assert rules["additionalProperties"] is False
+    for field, field_rules in rules["properties"].items():
+        assert len(field_rules["description"]) > 20
+        assert ("default" in field_rules) != (field in rules.get("required", []))
+        row = re.search(rf"^\| `{field}` \|(.*)$", manual, re.MULTILINE)
+        assert row, f"config/README.md does not describe {field}"
+        default = field_rules.get("default")
+        if default not in (None, ""):
+            assert f"`{str(default).lower() if isinstance(default, bool) else default}`" in row[1], field
