@@ -7,6 +7,7 @@ quote each other at length. The texts differ a little between Python versions.
 """
 
 import ast
+import functools
 import re
 import sysconfig
 import textwrap
@@ -173,6 +174,7 @@ def code_blocks(source: str) -> Iterator[str]:
             yield from cut(node)
 
 
+@functools.cache
 def _prose() -> tuple[list, list]:
     texts = topics()
     missing = [name for name in HELD_OUT_TOPICS if name not in texts]
@@ -185,6 +187,7 @@ def _prose() -> tuple[list, list]:
     return held_out, training
 
 
+@functools.cache
 def _code() -> tuple[list, list]:
     library = Path(sysconfig.get_path("stdlib"))
 

@@ -28,7 +28,7 @@ class RouterLogits:
     """
 
     def __init__(self, model: nn.Module):
-        self.logits: list[torch.Tensor] = []
+        self.heard: list[tuple[nn.Module, torch.Tensor]] = []
         self.routers = [
             module
             for name, module in model.named_modules()
@@ -42,12 +42,11 @@ class RouterLogits:
             hook.remove()
 
     def _keep(self, module: nn.Module, _inputs: tuple, output: tuple) -> None:
-        self.logits.append(output[4] if type(module).__name__ == "JetMoeTopKGating" else output[0])
+        self.heard.append((module, output[4] if type(module).__name__ == "JetMoeTopKGating" else output[0]))
 
     def loss(self) -> torch.Tensor:
         """Mean balancing loss over the routers of the last forward pass, which it forgets; 0 without routers."""
-        logits, self.logits = self.logits, []
-        if not self.routers:
+        heard, self.heard = self.heard, []
+        if not heard:
             return torch.zeros(())
-        losses = [load_balancing_loss(each, router.top_k) for each, router in zip(logits, self.routers, strict=True)]
-        return torch.stack(losses).mean()
+        return torch.stack([load_balancing_loss(logits, module.top_k) for module, logits in heard]).mean()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from moe_atlas.corpora import demo_documents
 
 _SENTENCE_END = re.compile(r"(?<=[a-z\"*)]\.)\s+(?=[A-Z\"*])")
-_WORD = re.compile(r"[a-z]{4,}")
+_WORD = re.compile(r"\b[a-z]{4,}\b")
 
 
 def demo_questions(training: bool) -> list[str]:
