@@ -21,6 +21,7 @@ pre { overflow-x: auto; background: #f6f6f6; padding: .5rem; }
 .scroll, .jp-RenderedHTMLCommon, .output_html { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0; }
 th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
+td:first-child { white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid #ddd; padding: .5rem; }

@@ -19,7 +19,11 @@ from moe_atlas.plotting.base import GREY, Drawing, Experiment, Limits, Page, off
 from moe_atlas.plotting.style import WIDTH, add_axes, heading, new_figure, span, thinned, union, visible, widen
 
 CMAP = matplotlib.colormaps["viridis"].with_extremes(over=GREY, bad="white")
-TOKENS_DRAWN = 24
+
+
+def tokens_drawn(experts: int) -> int:
+    """How many tokens a figure with a panel for each shows: what a printed page holds."""
+    return 24 if experts <= 20 else 12
 
 
 def heat_map(axes, matrix: np.ndarray, labels: list[str], norm: Normalize, inches: float, ticks=("x", "y")):
@@ -218,11 +222,12 @@ class OutputSimilarityTokens(PairMaps):
     overview_label = "mean cosine (diagonal grey)"
 
     def read(self, tables):
-        tokens = token_index(tables["tokens"], TOKENS_DRAWN)
+        frame = tables["output_similarity_tokens"]
+        tokens = token_index(tables["tokens"], tokens_drawn(frame["a"].n_unique()))
         self.total = len(tables["tokens"])
         routing = pages_of(tables["routing"]) if "routing" in tables else {}
         pages = []
-        for key, part in pages_of(tables["output_similarity_tokens"]).items():
+        for key, part in pages_of(frame).items():
             labels, stack = token_squares(part, tokens, "cosine")
             chosen = chosen_labels(routing[key], tokens) if key in routing else [[]] * len(tokens)
             titles = token_titles(tokens["token"].to_list(), chosen)

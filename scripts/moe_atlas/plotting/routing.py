@@ -4,11 +4,11 @@ import math
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 
 from moe_atlas.plotting.arrays import chosen_labels, load_array, pages_of, token_experts, token_index
 from moe_atlas.plotting.base import Drawing, Experiment, Limits, Page
-from moe_atlas.plotting.maps import TOKENS_DRAWN, token_titles
+from moe_atlas.plotting.maps import token_titles, tokens_drawn
 from moe_atlas.plotting.style import (
     NORM_COLOUR,
     SCORE_COLOUR,
@@ -21,7 +21,8 @@ from moe_atlas.plotting.style import (
     visible,
 )
 
-BLUES = matplotlib.colormaps["Blues"]
+# Not chosen is white; the smallest weight is a visible blue.
+BLUES = ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.15, 1, 256))).with_extremes(bad="white")
 _ROW_TOKENS, _MOST_TOKENS = 48, 192
 
 
@@ -33,7 +34,7 @@ class NormScore(Experiment):
     overview_title = "Mean over the tokens drawn: output norm (blue, 0 to the largest) and score (orange), layer on top"
 
     def read(self, tables):
-        tokens = token_index(tables["tokens"], TOKENS_DRAWN)
+        tokens = token_index(tables["tokens"], tokens_drawn(tables["norm_score"]["expert"].n_unique()))
         self.total = len(tables["tokens"])
         routing = pages_of(tables["routing"]) if "routing" in tables else {}
         pages = []
@@ -177,7 +178,7 @@ class ChosenExperts(Experiment):
             shown = tokens[row * per_row : (row + 1) * per_row]
             top = head + row * (height + foot)
             axes = add_axes(figure, left, top, width * len(part) / per_row, height)
-            image = axes.imshow(part.T, cmap=BLUES, norm=norm, interpolation="nearest", aspect="auto")
+            image = axes.imshow(_chosen(part), cmap=BLUES, norm=norm, interpolation="nearest", aspect="auto")
             axes.spines[["top", "right"]].set_visible(True)
             axes.set_yticks(positions, texts)
             axes.set_xticks(range(len(part)), [visible(token, 14) for token in shown], rotation=90, fontsize=7)
@@ -196,7 +197,7 @@ class ChosenExperts(Experiment):
     def mini(self, axes, page: Page, part: int, limits: Limits):
         axes.spines[["top", "right"]].set_visible(True)
         norm = Normalize(*limits["colour"])
-        return axes.imshow(page.data["weights"].T, cmap=BLUES, norm=norm, interpolation="nearest", aspect="auto")
+        return axes.imshow(_chosen(page.data["weights"]), cmap=BLUES, norm=norm, interpolation="nearest", aspect="auto")
 
     def caption(self, page: Page, which: str) -> str:
         total, experts = page.data["weights"].shape
@@ -207,3 +208,8 @@ class ChosenExperts(Experiment):
             f"({scale}), white is not chosen, and an even router would choose each expert for "
             f"{page.data['k']}/{experts} of the tokens."
         )
+
+
+def _chosen(weights: np.ndarray) -> np.ndarray:
+    """(T, N) weights as the (N, T) map that is drawn, nan where an expert was not chosen."""
+    return np.where(weights.T > 0, weights.T, np.nan)
