@@ -23,20 +23,21 @@ rule extract_activations:
     threads: model_threads
     resources:
         mem_mb=memory,
-        runtime=runtime,
+        runtime=lambda wildcards: model(wildcards).runtime,
         gpu=gpus,
         gpu_jobs=gpu_jobs,
     params:
         kind=lambda wildcards: corpus(wildcards).kind,
         dtype=lambda wildcards: model(wildcards).dtype,
         dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
+        device=device,
         method=METHODS["extract_activations"],
     shell:
         """
         exec >{log:q} 2>&1
         python {input.code:q} --model {wildcards.model:q} --corpus {wildcards.corpus:q} --kind {params.kind:q} \
             --checkpoint {input.checkpoint:q} {params.dense:q} --corpus-file {input.corpus:q} --dtype {params.dtype:q} \
-            --activations {output.activations:q} --tokens {output.tokens:q}
+            --device {params.device:q} --activations {output.activations:q} --tokens {output.tokens:q}
         """
 
 

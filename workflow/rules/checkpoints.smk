@@ -50,16 +50,17 @@ rule describe_checkpoint:
     threads: 1
     resources:
         mem_mb=memory,
-        runtime=runtime,
+        runtime=lambda wildcards: model(wildcards).runtime,
     params:
         source=lambda wildcards: model(wildcards).source,
         revision=lambda wildcards: model(wildcards).revision,
         directory=lambda wildcards: model(wildcards).directory,
         fingerprint=checkpoint_fingerprint,
+        dense=dense_allowed,
         method=METHODS["describe_checkpoint"],
     shell:
         """
         exec >{log:q} 2>&1
         python {input.code:q} --model {wildcards.model:q} --source {params.source:q} --revision {params.revision:q} \
-            --directory {params.directory:q} --output {output:q}
+            --directory {params.directory:q} {params.dense:q} --output {output:q}
         """

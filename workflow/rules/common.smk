@@ -83,11 +83,6 @@ def memory(wildcards, attempt):
     return model(wildcards).mem_mb * attempt
 
 
-def runtime(wildcards):
-    """Minutes of the model's row."""
-    return model(wildcards).runtime
-
-
 def gpus(wildcards):
     """GPUs of the model's row. None asks for no GPU at all."""
     return model(wildcards).gpus or None
@@ -96,6 +91,11 @@ def gpus(wildcards):
 def gpu_jobs(wildcards):
     """1 for a job on a GPU: a machine's profile limits how many of these run at a time, not how many GPUs one has."""
     return 1 if model(wildcards).gpus else None
+
+
+def device(wildcards, resources):
+    """Where a model runs. It follows what the job was given, and is no reason to run it again."""
+    return "cuda" if resources.get("gpu") else "cpu"
 
 
 def model_threads(wildcards):
@@ -124,6 +124,16 @@ def checkpoint_fingerprint(wildcards):
     """Names and sizes of a user's weight files. A demo checkpoint is followed through its training.json."""
     row = model(wildcards)
     return "" if row.recipe else sheets.fingerprint(row.directory)
+
+
+def dense_allowed(wildcards, output):
+    """--dense-allowed for a model that another one names as its reference.
+
+    A permission, not a value: because of `output` in the signature Snakemake does not count it as a change
+    when the rows that name the model come and go.
+    """
+    referenced = wildcards.model in {row.dense_reference for row in MODELS.values()}
+    return ["--dense-allowed"] if referenced else []
 
 
 def dense_reference(wildcards):
@@ -178,6 +188,9 @@ def experiment_tables(wildcards):
     return [f"results/models/{wildcards.model}/{path}" for path in paths]
 
 
-def figure_labels(wildcards):
-    """Labels of a model's figure in the report."""
-    return {"model": wildcards.model, "experiment": wildcards.experiment}
+def model_notebook_parameters(wildcards):
+    """JSON with the values that the notebook of one model is run with."""
+    values = {"model": wildcards.model}
+    if wildcards.notebook == "behavioral":
+        values["corpora"] = list(CORPORA)
+    return json.dumps(values)

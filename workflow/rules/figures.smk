@@ -21,7 +21,7 @@ for name, declared in EXPERIMENTS.items():
                 caption=f"../report/{name}.rst",
                 category="Behavior on text" if declared.kinds else "Weights",
                 subcategory=declared.title,
-                labels=figure_labels,
+                labels={"model": "{model}", "experiment": "{experiment}"},
             ),
         log:
             f"results/logs/plot_{name}/{{model}}/{{experiment}}.log",
@@ -83,6 +83,7 @@ rule plot_comparison:
     input:
         code=code("scripts/plot_comparison.py"),
         tables=lambda wildcards: [f"results/tables/{table}.parquet" for table in COMPARISONS[wildcards.comparison]],
+        checkpoints=[checkpoint_file(name) for name in MODELS],
     output:
         figure=report(
             "results/figures/comparison/{comparison}.png",
@@ -107,5 +108,6 @@ rule plot_comparison:
     shell:
         """
         exec >{log:q} 2>&1
-        python {input.code[0]:q} --figure {output.figure:q} --pdf {output.pdf:q} {params.tables:q}
+        python {input.code[0]:q} --figure {output.figure:q} --pdf {output.pdf:q} {params.tables:q} \
+            --checkpoints {input.checkpoints:q}
         """

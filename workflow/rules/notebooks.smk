@@ -28,7 +28,7 @@ rule model_notebook:
         runtime=30,
     params:
         executed=lambda wildcards, output: str(PurePath(output[0]).with_suffix(".ipynb")),
-        parameters=lambda wildcards: json.dumps({"model": wildcards.model}),
+        parameters=model_notebook_parameters,
     shell:
         """
         exec >{log:q} 2>&1
@@ -60,7 +60,7 @@ rule comparison_notebook:
         runtime=30,
     params:
         executed=lambda wildcards, output: str(PurePath(output[0]).with_suffix(".ipynb")),
-        parameters=json.dumps({"models": list(MODELS)}),
+        parameters=lambda wildcards: json.dumps({"models": list(MODELS)}),
     shell:
         """
         exec >{log:q} 2>&1

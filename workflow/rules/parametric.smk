@@ -20,7 +20,7 @@ rule weight_similarity:
     threads: model_threads
     resources:
         mem_mb=memory,
-        runtime=runtime,
+        runtime=lambda wildcards: model(wildcards).runtime,
     params:
         dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
         method=METHODS["weight_similarity"],
