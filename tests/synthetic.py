@@ -183,3 +183,14 @@ def write_model(toy: Toy, results: Path) -> Path:
 def table_paths(toy_directory: Path, names: tuple[str, ...], corpus: str | None) -> list[Path]:
     """Paths of these tables of one model."""
     return [toy_directory / tables.TABLES[name].path.format(corpus=corpus) for name in names]
+
+
+def checkpoint(toy: Toy) -> dict:
+    """checkpoint.json of a toy: the keys of the data contract, no files."""
+    return {
+        "model": toy.model, "source": "demo:toy", "revision": "", "directory": f"results/checkpoints/{toy.model}",
+        "model_type": "mixtral", "architecture": "MixtralForCausalLM", "dtype": "float32", "L": 4, "N": toy.experts,
+        "k": toy.top_k, "d": 64, "m": 96, "shared": int("SE" in toy.weight_extras),
+        "dense_layers": [layer for layer in range(4) if layer not in toy.layers], "moe_layers": list(toy.layers),
+        "attention_experts": toy.attention, "parameters": 1_234_567, "bytes": 4_938_268, "files": [],
+    }  # fmt: skip

@@ -117,7 +117,7 @@ class Experiment(ABC):
         grow = min(1.7, (WIDTH - 0.8) / (columns * (width + 0.06))) if len(pages) < self.columns else 1.0
         width, height = width * max(grow, 1.0), height * max(grow, 1.0)
         left = 0.55 if any(self.parts) else 0.15
-        gap, head, tail = 0.06, 0.5, 0.55 if self.overview_label else 0.15
+        gap, head, tail = 0.06, 0.55, 0.55 if self.overview_label else 0.15
         block = len(self.parts) * (height + gap) + 0.22
         figure = new_figure(max(WIDTH, left + columns * (width + gap) + 0.1), head + blocks * block + tail)
         heading(figure, self.title(), self.overview_title)

@@ -150,7 +150,9 @@ class RouterSimilarity(WeightSimilarity):
     def __init__(self, model, corpus, tables):
         super().__init__(model, corpus, tables, "neuron_mean")
         self.subtitle = "Cosine of the router's rows and of the experts' mean neurons; independent ones have 0"
-        self.overview_title = self.subtitle + ", every layer (number on top)"
+        self.overview_title = (
+            "Cosine of the router's rows and of the experts' mean neurons, every layer (number on top)"
+        )
 
     def caption(self, page: Page, which: str) -> str:
         return (

@@ -57,7 +57,7 @@ class NormScore(Experiment):
         norms, scores, titles = page.data["norm"], page.data["score"], page.data["titles"]
         tokens, experts = norms.shape
         across = min(3 if experts <= 20 else 2, tokens)
-        left, right, gap, head, height, between, foot = 0.52, 0.52, 0.14, 0.82, 0.95, 0.32, 0.42
+        left, right, gap, head, height, between, foot = 0.55, 0.58, 0.14, 0.82, 0.95, 0.32, 0.42
         width = (WIDTH - left - right - gap * (across - 1)) / across
         down = math.ceil(tokens / across)
         figure = new_figure(WIDTH, head + down * height + (down - 1) * between + foot)

@@ -4,6 +4,7 @@ import functools
 import io
 import math
 import os
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -73,7 +74,9 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
 
 
 def heading(figure: Figure, title: str, subtitle: str) -> None:
-    """Two lines at the top left: what it is of, then what is drawn and in which unit."""
+    """Top left: what it is of, then what is drawn and in which unit, on a second line where it is long."""
+    if "\n" not in subtitle:
+        subtitle = textwrap.fill(subtitle, int(16 * figure.get_figwidth()))  # 16 characters an inch at 8 points
     _, height = figure.get_size_inches()
     figure.text(0.08 / figure.get_figwidth(), 1 - 0.06 / height, title, fontsize=9, fontweight="bold", va="top")
     figure.text(0.08 / figure.get_figwidth(), 1 - 0.25 / height, subtitle, fontsize=8, va="top", color="0.25")
