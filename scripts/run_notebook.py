@@ -58,6 +58,7 @@ def execute(path: Path, executed: Path, parameters: dict) -> None:
             str(executed),
             parameters=parameters,
             kernel_name="python3",
+            language="python",  # editors drop it from a notebook's metadata
             progress_bar=False,
             start_timeout=300,
         )
