@@ -61,6 +61,6 @@ rule describe_checkpoint:
     shell:
         """
         exec >{log:q} 2>&1
-        python {input.code:q} --model {wildcards.model:q} --source {params.source:q} --revision {params.revision:q} \
+        python {input.code:q} --model {wildcards.model:q} --source {params.source:q} --revision={params.revision:q} \
             --directory {params.directory:q} {params.dense:q} --output {output:q}
         """
