@@ -29,6 +29,8 @@ ALLOWED = {
     "training": {"architectures", "corpora"},
     "plotting": {"pages", "parametric"},
     "pages": set(),
+    "index": {"pages", "plotting"},
+    "notebooks": {"pages"},
 }
 
 

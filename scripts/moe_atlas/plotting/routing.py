@@ -31,7 +31,10 @@ class NormScore(Experiment):
 
     cell = (1.4, 0.9)
     columns = 4
-    overview_title = "Mean over the tokens drawn: output norm (blue, 0 to the largest) and score (orange), layer on top"
+    overview_title = (
+        "Mean over the tokens drawn: output norm (blue, against the layer's largest, which is printed) and score "
+        "(orange, one scale for all layers); layer on top"
+    )
 
     def read(self, tables):
         tokens = token_index(tables["tokens"], tokens_drawn(tables["norm_score"]["expert"].n_unique()))
@@ -110,12 +113,13 @@ class NormScore(Experiment):
     def mini(self, axes, page: Page, part: int, limits: Limits):
         norm, score = page.data["norm"].mean(axis=0), page.data["score"].mean(axis=0)
         x = np.arange(len(norm), dtype=np.float64)
-        bars(axes, x - 0.42, norm / limits["norm"][1], 0.4, NORM_COLOUR)
+        bars(axes, x - 0.42, norm / max(norm.max(), 1e-30), 0.4, NORM_COLOUR)
         bars(axes, x + 0.02, score / limits["score"][1], 0.4, SCORE_COLOUR)
-        axes.set(xlim=(-0.7, len(norm) - 0.3), ylim=(0, 1.05))
+        axes.set(xlim=(-0.7, len(norm) - 0.3), ylim=(0, 1.25))
+        axes.text(0.02, 0.98, f"{norm.max():.3g}", transform=axes.transAxes, color=NORM_COLOUR, fontsize=7, va="top")
 
     def overview_limits(self, pages: list[Page]) -> Limits:
-        return {key: (0.0, max(float(p.data[key].mean(axis=0).max()) for p in pages)) for key in ("norm", "score")}
+        return {"score": (0.0, max(float(page.data["score"].mean(axis=0).max()) for page in pages))}
 
     def caption(self, page: Page, which: str) -> str:
         tokens, experts = page.data["norm"].shape
