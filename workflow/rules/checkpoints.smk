@@ -16,7 +16,7 @@ rule train_demo_checkpoint:
         "results/benchmarks/train_demo_checkpoint/{recipe}.tsv"
     conda:
         "../envs/training.yaml"
-    threads: 2
+    threads: 1
     resources:
         mem_mb=3000,
         runtime=30,
