@@ -270,6 +270,17 @@ def test_dense_model_gets_a_sentence_and_an_empty_manifest(toys, tmp_path, name)
     assert not list(tmp_path.glob("layer_*"))
 
 
+def test_an_undefined_regression_is_drawn_without_a_line_and_said(toys):
+    frames = frames_of(toys, "toy-eight", "router_regression")
+    numbers = ("r", "r2", "slope", "intercept", "p_value", "p_mantel", "r_low", "r_high")
+    frames["regression"] = frames["regression"].with_columns(pl.lit(None, pl.Float64).alias(name) for name in numbers)
+    shown = experiment("toy-eight", "router_regression", frames)
+    figure = shown.draw(shown.pages[0]).figure
+    assert all(len(axes.lines) == 1 for axes in figure.axes)
+    assert "up\nr = undefined [undefined, undefined]\nMantel p undefined" in texts(figure)
+    shown.overview()
+
+
 def test_mistakes_are_told_in_a_sentence(toys, tmp_path):
     frames = frames_of(toys, "toy-eight", "weight_similarity")
     with pytest.raises(AtlasError, match="layer_0, layer_1"):

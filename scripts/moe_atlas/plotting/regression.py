@@ -57,8 +57,7 @@ class RouterRegression(Experiment):
             x, y, fit = page.data["panels"][matrix]
             axes = panels[matrix] = add_axes(figure, left + i * (size + gap), head, size, size)
             axes.plot(x, y, linestyle="none", marker="o", markersize=_dot(len(x)), markeredgewidth=0, alpha=0.6)
-            ends = np.array(span(x))
-            axes.plot(ends, fit["intercept"] + fit["slope"] * ends, color=COLOURS[1])
+            _fitted(axes, x, fit, 1.2)
             axes.set_title(f"{matrix}\n{_interval(fit)}\nMantel p {_p(fit['p_mantel'])}", fontsize=8)
             axes.set_xlabel(f"{matrix}: cosine of mean neurons")
             axes.locator_params(nbins=5)
@@ -76,8 +75,7 @@ class RouterRegression(Experiment):
     def mini(self, axes, page: Page, part: int, limits: Limits):
         x, y, fit = page.data["panels"][_MATRICES[part]]
         axes.plot(x, y, linestyle="none", marker="o", markersize=1.2, markeredgewidth=0, alpha=0.5)
-        ends = np.array(span(x))
-        axes.plot(ends, fit["intercept"] + fit["slope"] * ends, color=COLOURS[1], linewidth=0.8)
+        _fitted(axes, x, fit, 0.8)
         axes.set(xlim=limits[_MATRICES[part]], ylim=limits["router"])
         axes.text(0.97, 0.03, _number(fit["r"]), transform=axes.transAxes, ha="right", va="bottom", fontsize=7)
 
@@ -90,6 +88,13 @@ class RouterRegression(Experiment):
             f"in {page.text} {self.place}, with the least-squares line and Pearson's r with its 95 % interval "
             f"({values}); chance is r = 0, {scale}."
         )
+
+
+def _fitted(axes, x: np.ndarray, fit: dict, width: float) -> None:
+    """The least-squares line over the range of x; there is none where the regression is undefined."""
+    if fit["slope"] is not None:
+        ends = np.array(span(x))
+        axes.plot(ends, fit["intercept"] + fit["slope"] * ends, color=COLOURS[1], linewidth=width)
 
 
 def _padded(values: np.ndarray) -> tuple[float, float]:
