@@ -127,13 +127,13 @@ def checkpoint_fingerprint(wildcards):
 
 
 def dense_allowed(wildcards, output):
-    """--dense-allowed for a model that another one names as its reference.
+    """--dense-allowed for a demo model and for one that another names as its reference.
 
     A permission, not a value: because of `output` in the signature Snakemake does not count it as a change
     when the rows that name the model come and go.
     """
-    referenced = wildcards.model in {row.dense_reference for row in MODELS.values()}
-    return ["--dense-allowed"] if referenced else []
+    names = {row.dense_reference for row in MODELS.values()} | {row.model for row in MODELS.values() if row.recipe}
+    return ["--dense-allowed"] if wildcards.model in names else []
 
 
 def dense_reference(wildcards):

@@ -59,7 +59,7 @@ rule plot_layer:
     benchmark:
         "results/benchmarks/plot_layer/{model}/{experiment}/layer_{layer}_{range}_{format}.tsv"
     wildcard_constraints:
-        layer="[0-9]+(_attention)?",
+        layer="(all|[0-9]+)(_attention)?",
         range="auto|full",
         format="png|pdf",
     conda:
