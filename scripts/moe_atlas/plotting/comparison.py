@@ -24,6 +24,10 @@ _SUBTITLES = {
     "top_score": "Mean routing weight the model applied to the first and to the second choice of a token",
 }
 
+# Attention experts beside a model's FFN experts, in the model's colour.
+_ATTENTION = {"linestyle": (0, (2.5, 1.2)), "markerfacecolor": "white"}
+_BESIDE = 0.012  # relative depth between the intervals of two models
+
 
 def compare(
     name: str,
@@ -109,7 +113,7 @@ def _grid(numbers: pl.DataFrame, title: str, subtitle: str, heads: dict[str, str
                 axes.tick_params(labelbottom=False)
     handles = [Line2D([], [], label=model, **_style(model, models)) for model in models]
     if has_attention:
-        handles.append(Line2D([], [], color="0.3", marker="o", mfc="white", ms=4, label="hollow: attention experts"))
+        handles.append(Line2D([], [], color="0.3", marker="o", markersize=4, label="attention experts", **_ATTENTION))
     figure.legend(handles=handles, loc="lower left", ncols=legend_columns, bbox_to_anchor=(0.02, 0.0), handlelength=3)
     return figure
 
@@ -140,8 +144,10 @@ def _panel(axes, part: pl.DataFrame, models: list[str]) -> None:
         line = line.sort("layer")
         style = _style(model, models)
         if site == "attention":
-            style["markerfacecolor"] = "white"
+            style |= _ATTENTION
         depth = line["depth"].to_numpy()
+        if line["low"].is_not_null().all():  # side by side, so that no interval hides another
+            depth = depth + _BESIDE * (models.index(model) - (len(models) - 1) / 2)
         axes.plot(depth, line["value"].to_numpy(), **style)
         if line["low"].is_not_null().all():
             axes.vlines(depth, line["low"].to_numpy(), line["high"].to_numpy(), color=style["color"], linewidth=0.7)
