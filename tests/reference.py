@@ -222,8 +222,9 @@ VALUES = {
 
 
 def largest_difference(name: str, ours: pl.DataFrame, reference: pl.DataFrame) -> dict[str, float]:
-    """Largest absolute difference of each value column over all rows; rows only one side has count as infinite.
+    """Largest difference of each value column over all rows; rows only one side has count as infinite.
 
+    Differences are absolute up to 1 and relative above, as float32 is: norms reach tens, sums of weights thousands.
     A row of zeros (an expert nobody chose, an empty cell of rank counts) may be absent from the reference.
     """
     values = VALUES[name]
@@ -237,6 +238,7 @@ def largest_difference(name: str, ours: pl.DataFrame, reference: pl.DataFrame) -
         if joined.schema[value] == pl.String:
             expression = (pl.col(value) != pl.col(f"{value}_reference")).cast(pl.Float64)
         else:
-            expression = (pl.col(value) - pl.col(f"{value}_reference")).abs().cast(pl.Float64)
+            wanted = pl.col(f"{value}_reference")
+            expression = (pl.col(value) - wanted).abs() / pl.max_horizontal(wanted.abs(), 1.0)
         differences[value] = joined.select(expression.fill_null(math.inf).max()).item()
     return differences

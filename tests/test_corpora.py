@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+
 from moe_atlas.corpora import COLUMNS, demo_texts, prepare
 from moe_atlas.corpora.demo import HELD_OUT_MODULES, HELD_OUT_TOPICS, TRAINING_MODULES, code_blocks, paragraphs, topics
 from moe_atlas.errors import AtlasError

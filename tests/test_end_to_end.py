@@ -100,7 +100,8 @@ def test_demo_checkpoints_say_how_well_they_do(atlas):
         training = read_json(atlas / "results/checkpoints" / model / "training.json")
         perplexity, unigram = training["perplexity"]["overall"], training["unigram_perplexity"]["overall"]
         assert 1 < perplexity < training["settings"]["config"]["vocab_size"] and unigram > 1
-        assert training["loss"]["last"] < training["loss"]["first"]
+        if not training["settings"]["start_from"]:
+            assert training["loss"]["last"] < training["loss"]["first"]
 
 
 def test_all_models_are_put_together(atlas):
@@ -202,7 +203,7 @@ def test_faulty_rows_end_with_a_sentence_each_and_take_nothing_away(atlas, tmp_p
         r"error: truncated/model\.safetensors: the file is truncated: .* again\.",
         r"error: nan/model\.safetensors: the tensor model\.layers\.2\.\S+3\.w1\.weight holds NaN .* again\.",
         r"error: no-experts/config\.json: the number of experts is missing \(num_local_experts\); restore the file\.",
-        r"error: unknown/config\.json: there is no model class for model type 'hydra'; see CONTRIBUTING\.md",
+        r"error: unknown/config\.json: there is no model class for model type 'hydra'; .* in CONTRIBUTING\.md",
         r"error: .*nothing.*empty\.txt.*\.",
     ):
         assert re.search(sentence, text), sentence
