@@ -13,9 +13,6 @@ from moe_atlas.files import atomic_path
 from moe_atlas.log import Progress, run, say
 from moe_atlas.manifest import open_checkpoint
 
-# Version of what is written; raised when results change, which repeats the extraction of every model.
-METHOD = 1
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -58,7 +55,6 @@ def main() -> None:
         "model": arguments.model,
         "corpus": arguments.corpus,
         "kind": arguments.kind,
-        "method": METHOD,
         "layers": descriptions,
     }
     tables.write(

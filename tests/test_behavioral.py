@@ -60,7 +60,7 @@ def write_run(directory, kind="short", sites=SITES, tokens=TOKENS, change=None):
         }
     if change:
         change(arrays)
-    metadata = {"model": "m", "corpus": "c", "kind": kind, "method": 1, "layers": sites}
+    metadata = {"model": "m", "corpus": "c", "kind": kind, "layers": sites}
     save_file(arrays, directory / "activations.safetensors", {"atlas": json.dumps(metadata)})
     rows = [("m", "c", sequence, position, 7, "x") for sequence, position in tokens]
     frame = pl.DataFrame(rows, schema=tables.TABLES["tokens"].schema, orient="row")

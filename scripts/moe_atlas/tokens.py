@@ -14,7 +14,7 @@ _SPACE_MARKS = ("Ġ", "▁")
 def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint; never code that comes with it."""
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise AtlasError(f"{directory}: the tokenizer cannot be read ({first}); fetch tokenizer.json again.") from None

@@ -41,7 +41,7 @@ def _shapes(entry: dict, kind: str) -> dict[str, tuple[int | None, ...]]:
 class Activations:
     """One model's recorded statistics on one corpus.
 
-    metadata: model, corpus, kind ("short" or "long"), method, layers: a list of {layer, site, experts, top_k,
+    metadata: model, corpus, kind ("short" or "long"), layers: a list of {layer, site, experts, top_k,
     labels}, empty for a dense model. Array names and shapes are those of the function above; the
     arrays of a layer are read when they are asked for, so that memory holds one layer.
     Raises AtlasError when the file is missing or damaged, or an array is not what the metadata say.
