@@ -41,7 +41,7 @@ atlas: setup
 	$(RUN) snakemake --cores $(CORES) $(ARGS)
 
 test: setup
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: setup
 	$(RUN) ruff check
