@@ -32,8 +32,8 @@ RUN := PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV_PYTHON) -m
 # The file is named after the content of the lock, so that neither a touched file nor a copied folder installs again.
 LOCKED := .venv/locked-$(shell cksum < requirements.txt | tr ' ' '-')
 
-torch = $(1) -m pip install --no-compile --no-deps $(if $(TORCH_INDEX),--retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX)) \
-	"$$(grep -o '^torch==[^ ]*' $(2))" || $(1) -m pip install --no-compile --no-deps "$$(grep -o '^torch==[^ ]*' $(2))"
+torch = $(1) -m pip install --no-deps $(if $(TORCH_INDEX),--retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX)) \
+	"$$(grep -o '^torch==[^ ]*' $(2))" || $(1) -m pip install --no-deps "$$(grep -o '^torch==[^ ]*' $(2))"
 
 .PHONY: atlas test setup lint lock python
 
@@ -56,7 +56,7 @@ $(LOCKED):
 	@echo "Installing into .venv: about 2 GB, some minutes, once."
 	"$(PYTHON)" -m venv --clear .venv
 	$(call torch,$(VENV_PYTHON),requirements.txt)
-	$(VENV_PYTHON) -m pip install --no-compile -r requirements.txt
+	$(VENV_PYTHON) -m pip install -r requirements.txt
 	touch $@
 
 python:
