@@ -27,10 +27,12 @@ def main() -> None:
     if arguments.dense_reference:
         dense = LayerStream(open_checkpoint(arguments.dense_reference)[0])
     frames = [tables.empty("similarity")]
-    progress = Progress(len(manifest["moe_layers"]), "layer")
-    for index in manifest["moe_layers"]:
+    indices = manifest["moe_layers"]
+    progress = Progress(len(indices), "layer")
+    for index, following in zip(indices, [*indices[1:], len(stream)], strict=True):
         paired = dense is not None and index < len(dense)
-        with stream.layer(index) as layer, dense.layer(index) if paired else contextlib.nullcontext() as reference:
+        dense_layer = dense.layer(index, following) if paired else contextlib.nullcontext()
+        with stream.layer(index, following) as layer, dense_layer as reference:
             (site,) = (site for site in find_sites(layer) if site.name == "ffn")
             ffn = dense_ffn(reference) if paired else None
             frames.append(

@@ -89,6 +89,17 @@ def test_layers_can_be_read_in_any_order(tmp_path):
             torch.testing.assert_close(layer.mlp.experts.gate_up_proj, expected, atol=0, rtol=0)
 
 
+def test_only_the_layers_that_are_asked_for_are_read(tmp_path):
+    families.save("mixtral", tmp_path, num_hidden_layers=5)
+    checkpoint = Checkpoint(tmp_path)
+    stream = LayerStream(checkpoint)
+    for index, following in ((0, 2), (2, 4), (4, len(stream))):
+        with stream.layer(index, following):
+            pass
+    asked = [info for name, info in checkpoint.tensors.items() if any(f"layers.{i}." in name for i in (0, 2, 4))]
+    assert checkpoint.bytes_read == sum(info.stop - info.start for info in asked)
+
+
 def test_a_tensor_the_model_needs_is_named_when_missing(tmp_path):
     from safetensors.torch import load_file, save_file
 

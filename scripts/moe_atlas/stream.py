@@ -102,7 +102,7 @@ class LayerStream:
             match = _LAYER.search(name)
             self._names[int(match[1]) if match else None].append(name)
         self._current = -1
-        self._ahead: Future | None = None
+        self._ahead: tuple[int, Future] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._batches: list[_Batch] = []
         self._module_of = {module: path for path, module in self.model.named_modules()}
@@ -168,23 +168,23 @@ class LayerStream:
         self._read_ahead(0)
 
     def _read_ahead(self, index: int) -> None:
+        self._ahead = None
         if index < len(self):
-            self._ahead = self._pool.submit(self.checkpoint.read_all, self._names[index])
+            self._ahead = index, self._pool.submit(self.checkpoint.read_all, self._names[index])
 
     @contextlib.contextmanager
-    def layer(self, index: int, read_ahead: bool = True) -> Iterator[nn.Module]:
+    def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
         """The decoder layer with its weights in memory; they are freed when the block ends.
 
-        Layers are asked for in order; the next one is read while the block runs.
+        While the block runs, the layer that will be asked for next is read: `following`, by default index + 1.
         """
-        if self._ahead is not None and index == self._current + 1:
-            tensors = self._ahead.result()
+        if self._ahead is not None and self._ahead[0] == index:
+            tensors = self._ahead[1].result()
         else:
             tensors = self.checkpoint.read_all(self._names[index])
-        self._ahead, self._current = None, index
+        self._current = index
+        self._read_ahead(index + 1 if following is None else following)
         layer = self.layers[index]
-        if read_ahead:
-            self._read_ahead(index + 1)
         try:
             self._load(tensors, [layer])
             del tensors
