@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 
 from moe_atlas import tables
 from moe_atlas.accumulate import LoadCounts, PairSums, pair_cosines, rank_counts
-from moe_atlas.behavioral.activations import Activations, read_activations
+from moe_atlas.behavioral.activations import Activations
 from moe_atlas.behavioral.tables import average_ranks, layers
 from moe_atlas.behavioral.write import write_frames
 from moe_atlas.errors import AtlasError
@@ -185,9 +185,11 @@ def test_the_same_run_gives_the_same_bytes(short_run, tmp_path):
         assert (tmp_path / f"{name}.parquet").read_bytes() == (short_run[0] / f"{name}.parquet").read_bytes(), name
 
 
-def test_reading_everything_at_once(short_run):
-    metadata, arrays = read_activations(short_run[0] / "activations.safetensors")
-    assert metadata["layers"] == SITES and list(arrays) == [(1, "ffn"), (2, "attention")]
+def test_arrays_are_read_by_layer_and_site(short_run):
+    activations = Activations(short_run[0] / "activations.safetensors")
+    assert activations.metadata["layers"] == SITES
+    arrays = {(entry["layer"], entry["site"]): found for entry, found in activations}
+    assert list(arrays) == [(1, "ffn"), (2, "attention")]
     assert arrays[1, "ffn"]["logits"].tolist() == short_run[2][1, "ffn"]["logits"]
 
 

@@ -109,6 +109,7 @@ def test_direct_requirements_are_what_is_imported():
         "snakemake": "a command",
         "snakefmt": "a command",
         "ruff": "a command",
+        "pytest-xdist": "an option of pytest, in the Makefile",
         "ipykernel": NEEDED_UNSEEN["notebooks"]["ipykernel"],
         "pandas": "bounded for Snakemake",
         "seaborn": "for who draws more in the notebooks",

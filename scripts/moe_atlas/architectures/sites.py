@@ -6,7 +6,9 @@ model goes on with the mixture of the k chosen ones, so its output stays what it
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -45,7 +47,7 @@ class Observer(Protocol):
         """
 
 
-class ExpertSite:
+class ExpertSite(ABC):
     """One router and its experts. Subclasses say how the experts are evaluated and how they are attached to.
 
     Attributes: name ("ffn" or "attention"), num_experts, shared (module of the shared expert or None).
@@ -65,11 +67,9 @@ class ExpertSite:
         """The weights of the site as an ExpertBank."""
         raise AtlasError(f"the weights of {self.name} experts have no view of up, act and down.")
 
-    @contextlib.contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
+    @abstractmethod
+    def observed(self, observer: Observer) -> AbstractContextManager[None]:
         """Let `observer` see every call of the site while the block runs."""
-        raise AtlasError(f"{type(self).__name__} cannot be observed.")
-        yield
 
     def _mixture(
         self,

@@ -78,9 +78,3 @@ class Activations:
     def __iter__(self) -> Iterator[tuple[dict, Arrays]]:
         for entry in self.metadata["layers"]:
             yield entry, self.arrays(entry)
-
-
-def read_activations(path: str | os.PathLike) -> tuple[dict, dict[tuple[int, str], Arrays]]:
-    """The metadata and the arrays of every (layer, site) at once; for a small file."""
-    activations = Activations(path)
-    return activations.metadata, {(entry["layer"], entry["site"]): arrays for entry, arrays in activations}

@@ -1,10 +1,9 @@
 """The numbers behind the comparison figures: one value for each model, layer and panel."""
 
-import math
-
 import numpy as np
 import polars as pl
 
+from moe_atlas.parametric.null import null_cosine_sd
 from moe_atlas.plotting.arrays import balance, diagonal_share, load_array, pages_of, rank_array
 
 COLUMNS = {
@@ -45,8 +44,8 @@ def _weight_similarity(frames, checkpoints):
         sizes = checkpoints.get(row["model"])
         null_sd = None
         if sizes:
-            components = sizes["d"] * (sizes["m"] if row["level"] == "matrix" else 1)
-            null_sd = 1 / math.sqrt(components)  # cosine of two independent isotropic vectors
+            matrix = (sizes["m"], sizes["d"])
+            null_sd = null_cosine_sd(matrix if row["level"] == "matrix" else matrix[1:])
         level = "matrix level" if row["level"] == "matrix" else "mean neuron"
         yield {
             "model": row["model"], "row": level, "column": row["matrix"], "layer": row["layer"],
