@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 
 import polars as pl
 
@@ -29,7 +30,7 @@ def main() -> None:
     frames = [tables.empty("similarity")]
     indices = manifest["moe_layers"]
     progress = Progress(len(indices), "layer")
-    for index, following in zip(indices, [*indices[1:], len(stream)], strict=True):
+    for index, following in itertools.pairwise([*indices, len(stream)]):
         paired = dense is not None and index < len(dense)
         dense_layer = dense.layer(index, following) if paired else contextlib.nullcontext()
         with stream.layer(index, following) as layer, dense_layer as reference:
