@@ -14,7 +14,7 @@ rule aggregate_tables:
             "results/tables/{table}.csv",
             caption="../report/table.rst",
             category="Tables",
-            labels={"model": "all", "table": "{table}"},
+            labels={"model": "all", "experiment": "{table}"},
         ),
     log:
         "results/logs/aggregate_tables/{table}.log",
