@@ -11,6 +11,8 @@ def normal(*shape, seed=0):
 
 
 def loop_cosine(a, b):
+    """Cosine of two sequences of numbers, by a loop over Python floats."""
+    a, b = [float(value) for value in a], [float(value) for value in b]
     product = math.fsum(x * y for x, y in zip(a, b, strict=True))
     lengths = [max(math.sqrt(math.fsum(x * x for x in vector)), 1e-8) for vector in (a, b)]
     return product / lengths[0] / lengths[1]

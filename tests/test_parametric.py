@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loops import loop_cosine
 
 from moe_atlas import tables
 from moe_atlas.architectures.bank import FFN, ExpertBank
@@ -35,14 +36,6 @@ def bank(experts=4, width=24, hidden=20, seed=0, dtype=torch.float32, gated=True
     act = torch.stack([part.act for part in parts]) if gated else None
     up, down = torch.stack([part.up for part in parts]), torch.stack([part.down for part in parts])
     return ExpertBank(up, act, down, router, shared)
-
-
-def loop_cosine(a, b):
-    """Cosine of two sequences of Python floats, by a loop."""
-    a, b = [float(value) for value in a], [float(value) for value in b]
-    product = math.fsum(x * y for x, y in zip(a, b, strict=True))
-    lengths = [max(math.sqrt(math.fsum(x * x for x in vector)), 1e-8) for vector in (a, b)]
-    return product / lengths[0] / lengths[1]
 
 
 def loop_mean_neuron(matrix, name):

@@ -110,7 +110,7 @@ def model_section(model: str, results: Path) -> str:
     folders.sort(key=lambda folder: (order.index(split(folder.name)[0]), folder.name))
     checkpoint = results / "models" / model / "checkpoint.json"
     if checkpoint.is_file() and read_json(checkpoint)["N"] == 0:
-        parts.append("<p>A dense model: it has no experts in any layer, so its tables have no rows.</p>")
+        parts.append("<p>A dense model: it has no experts in any layer, so only the tables of tokens have rows.</p>")
         folders = []
     items = []
     for folder in folders:

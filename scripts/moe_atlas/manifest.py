@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from moe_atlas.architectures.config import read_config
-from moe_atlas.architectures.ffn import dense_ffn
+from moe_atlas.architectures.ffn import dense_ffn, ffn_view
 from moe_atlas.architectures.sites import ExpertSite, find_sites
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
@@ -48,7 +48,6 @@ def describe(model: str, source: str, revision: str, directory: str | os.PathLik
             f"{path}: the {config.model_type} model {model} has no experts; "
             "name it as dense_reference of another row or set enabled to false."
         )
-    shape = _shape(layers, ffn_sites)
     largest = max(checkpoint.tensors.values(), key=lambda info: info.stop - info.start)
     return {
         "model": model,
@@ -62,7 +61,7 @@ def describe(model: str, source: str, revision: str, directory: str | os.PathLik
         "N": max((site.num_experts for site in ffn_sites.values()), default=0),
         "k": _first(config, _TOP_K) if ffn_sites else 0,
         "d": config.get_text_config().hidden_size,
-        "m": shape,
+        "m": _width(layers, ffn_sites),
         "shared": _shared(config, ffn_sites),
         "dense_layers": [index for index in sites if index not in ffn_sites],
         "moe_layers": list(ffn_sites),
@@ -86,7 +85,7 @@ def _shared(config: PreTrainedConfig, sites: dict[int, ExpertSite]) -> int:
     return (_first(config, _SHARED) or 1) if has_one else 0
 
 
-def _shape(layers: nn.ModuleList, sites: dict[int, ExpertSite]) -> int:
+def _width(layers: nn.ModuleList, sites: dict[int, ExpertSite]) -> int:
     """Expert width m, of the first layer with experts; of the FFN in a dense model."""
     if sites:
         return next(iter(sites.values())).bank().up.shape[1]
@@ -96,7 +95,7 @@ def _shape(layers: nn.ModuleList, sites: dict[int, ExpertSite]) -> int:
             f"{type(layers[0]).__name__}: no feed-forward network of a known layout was found; "
             'see "add an architecture" in CONTRIBUTING.md.'
         )
-    return next(child.out_features for name, child in ffn.named_children() if name in ("up_proj", "w3"))
+    return ffn_view(ffn).up.shape[0]
 
 
 def _check_count(path: Path, config: PreTrainedConfig, experts: int) -> None:

@@ -22,7 +22,7 @@ from moe_atlas import architectures
 from moe_atlas.architectures import internals
 from moe_atlas.architectures.config import read_config
 from moe_atlas.checkpoints import Checkpoint
-from moe_atlas.errors import AtlasError
+from moe_atlas.errors import AtlasError, first_line
 from moe_atlas.memory import return_large_blocks
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -45,10 +45,9 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> nn
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except (ValueError, TypeError, AttributeError) as error:  # no causal model of this type, or values that do not fit
-        first = str(error).splitlines()[0]
         raise AtlasError(
-            f"no causal language model can be built from the config of model type {config.model_type!r} ({first}); "
-            'see "add an architecture" in CONTRIBUTING.md.'
+            f"no causal language model can be built from the config of model type {config.model_type!r} "
+            f'({first_line(error)}); see "add an architecture" in CONTRIBUTING.md.'
         ) from None
     internals.make_buffers(model)
     return model.eval().requires_grad_(False)

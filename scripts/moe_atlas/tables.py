@@ -3,7 +3,7 @@
 One row is one observation. Layers count from 0. Expert labels are strings: "0"... routed
 experts, "F" the dense reference's FFN on its own model's hidden states, "F_same_input" the
 same FFN on the MoE's inputs, "SE" the shared expert. Pairs are kept once, a before b in the
-order of the labels, diagonal included. A dense model has the same tables with no rows.
+order of the labels, diagonal included. A dense model has the same tables; only tokens has rows.
 """
 
 import os

@@ -5,7 +5,7 @@ import os
 import polars as pl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moe_atlas.errors import AtlasError
+from moe_atlas.errors import AtlasError, first_line
 
 # How byte-level BPE and SentencePiece write a leading space.
 _SPACE_MARKS = ("Ġ", "▁")
@@ -16,8 +16,9 @@ def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise AtlasError(f"{directory}: the tokenizer cannot be read ({first}); fetch tokenizer.json again.") from None
+        raise AtlasError(
+            f"{directory}: the tokenizer cannot be read ({first_line(error)}); fetch tokenizer.json again."
+        ) from None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

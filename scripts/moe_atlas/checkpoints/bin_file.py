@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from moe_atlas.checkpoints.safetensors_file import TensorInfo
-from moe_atlas.errors import AtlasError
+from moe_atlas.errors import AtlasError, first_line
 
 
 class BinFile:
@@ -26,8 +26,7 @@ class BinFile:
                 f"{self.path}: the file holds more than tensors and was refused; use safetensors weights of the model."
             ) from None
         except (RuntimeError, EOFError, OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise AtlasError(f"{self.path}: the file is damaged ({first}); fetch it again.") from None
+            raise AtlasError(f"{self.path}: the file is damaged ({first_line(error)}); fetch it again.") from None
         self._state = {name: tensor for name, tensor in self._state.items() if isinstance(tensor, torch.Tensor)}
         self.tensors = {
             name: TensorInfo(tensor.dtype, tuple(tensor.shape), 0, tensor.numel() * tensor.dtype.itemsize)

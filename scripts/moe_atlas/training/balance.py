@@ -24,7 +24,7 @@ class RouterLogits:
     """Collects the logits of every router of a model during a forward pass.
 
     transformers' own `output_router_logits` is not used: for JetMoE it returns the wrong items. A router is
-    found by its name and returns a tuple with the logits (tokens, N) first, JetMoE's gating with them fifth.
+    found by its name, and its logits by their shape: the first (tokens, N) floating-point item it returns.
     """
 
     def __init__(self, model: nn.Module):
@@ -42,7 +42,9 @@ class RouterLogits:
             hook.remove()
 
     def _keep(self, module: nn.Module, _inputs: tuple, output: tuple) -> None:
-        self.heard.append((module, output[4] if type(module).__name__ == "JetMoeTopKGating" else output[0]))
+        tensors = (item for item in output if isinstance(item, torch.Tensor) and item.is_floating_point())
+        logits = next(item for item in tensors if item.dim() == 2 and item.shape[1] == module.num_experts)
+        self.heard.append((module, logits))
 
     def loss(self) -> torch.Tensor:
         """Mean balancing loss over the routers of the last forward pass, which it forgets; 0 without routers."""
