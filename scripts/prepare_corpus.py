@@ -13,11 +13,12 @@ def main() -> None:
     parser.add_argument("--source", required=True, help="prompt:TEXT, file:PATH (.txt or .parquet) or demo:NAME")
     parser.add_argument("--kind", required=True, choices=("short", "long"), help="short corpora keep a row a token")
     parser.add_argument("--rule", required=True, choices=RULES, help="how a source text becomes sequences")
+    parser.add_argument("--start-at", default="", help="line at which reading starts, the beginning if not given")
     parser.add_argument("--max-sequences", type=int, default=0, help="keep the first so many sequences (0: all)")
     parser.add_argument("--output", required=True, help="parquet file to write")
     arguments = parser.parse_args()
 
-    frame = prepare(arguments.corpus, arguments.source, arguments.rule, arguments.max_sequences)
+    frame = prepare(arguments.corpus, arguments.source, arguments.rule, arguments.max_sequences, arguments.start_at)
     with atomic_path(arguments.output) as temporary:
         frame.write_parquet(temporary, compression="zstd")
     say(

@@ -45,6 +45,35 @@ def test_whole_and_lines(tmp_path):
     ]
 
 
+WIKITEXT = [
+    "",
+    " = Lobster = \n",
+    "",
+    " Red .\n",
+    " = B of the Bang = \n",
+    "",
+    " A sculpture .\n",
+    " = = Site = = \n",
+    " Tall .\n",
+]
+
+
+def test_reading_starts_at_a_line(tmp_path):
+    """As the Hub has WikiText: a row a line. The paper's ten paragraphs begin in the middle of it."""
+    pl.DataFrame({"text": WIKITEXT}).write_parquet(tmp_path / "wikitext.parquet")
+    source = f"file:{tmp_path}/wikitext.parquet"
+    frame = prepare("c", source, "paragraphs", start_at="= B of the Bang =")
+    assert frame["text"].to_list() == ["A sculpture .", "Tall ."] and frame["document"].to_list() == [6, 8]
+    assert prepare("c", source, "paragraphs", 1, " = B of the Bang = ")["text"].to_list() == ["A sculpture ."]
+    (tmp_path / "one.txt").write_text("first\nsecond\n")
+    assert prepare("c", f"file:{tmp_path}/one.txt", "whole", start_at="second")["text"].to_list() == ["second"]
+    whole = pl.DataFrame({"text": ["a\nb\nc"]})
+    whole.write_parquet(tmp_path / "whole.parquet")
+    assert prepare("c", f"file:{tmp_path}/whole.parquet", "whole", start_at="b")["text"].to_list() == ["b\nc"]
+    with pytest.raises(AtlasError, match=r"corpus c: file:\S+ has no line '= Whale ='; correct start_at in its row"):
+        prepare("c", source, "paragraphs", start_at="= Whale =")
+
+
 def test_text_file_is_one_sequence_a_line(tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("one\n\n  \ntwo words\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import synthetic
 from conftest import ROOT
 
 from moe_atlas import pages, tables
+from moe_atlas.log import size
 from moe_atlas.plotting.comparison import compare
 from moe_atlas.plotting.model import plot_all, read_tables
 from moe_atlas.plotting.registry import EXPERIMENTS, split
@@ -118,7 +119,7 @@ def test_index_is_the_same_every_time_and_names_models_not_made(made):
 def test_text_from_files_cannot_become_markup():
     assert pages.escape("<b>&\"'") == "&lt;b&gt;&amp;&quot;&#x27;"
     assert pages.href(Path("/r/a b#c.png"), Path("/r")) == "a%20b%23c.png"
-    assert [pages.size(n) for n in (812, 14_200, 3_400_000, 93_100_000_000)] == [
+    assert [size(n) for n in (812, 14_200, 3_400_000, 93_100_000_000)] == [
         "812 B",
         "14.2 kB",
         "3.4 MB",

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from moe_atlas.files import read_json
-from moe_atlas.pages import escape, href, link, page, size, table
+from moe_atlas.log import size
+from moe_atlas.pages import escape, href, link, page, table
 from moe_atlas.plotting.registry import COMPARISON_TITLES, EXPERIMENTS, FORMATS, RANGES, split
 from moe_atlas.tables import TABLES
 

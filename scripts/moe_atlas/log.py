@@ -43,6 +43,16 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def size(n: int) -> str:
+    """Bytes as a person reads them: 812 B, 14.2 kB, 3.4 MB, 93.1 GB."""
+    value = float(n)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
 class Progress:
     """Log lines such as `layer 3/32 · 1.4 layers/s · 21 s left`, at most one every `interval` seconds.
 

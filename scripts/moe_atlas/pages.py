@@ -70,13 +70,3 @@ def table(header: list[str], rows: list[list[str]], numeric: set[int] = frozense
     return (
         f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>{"".join(lines)}</tbody></table></div>'
     )
-
-
-def size(n: int) -> str:
-    """Bytes as a person reads them: 812 B, 14.2 kB, 3.4 MB, 93.1 GB."""
-    value = float(n)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} GB"

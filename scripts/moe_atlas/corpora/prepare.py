@@ -1,5 +1,7 @@
 """From a row of the corpora sheet to a table of sequences."""
 
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import polars as pl
@@ -11,24 +13,41 @@ COLUMNS = {"corpus": pl.String, "sequence": pl.Int64, "document": pl.Int64, "tex
 RULES = ("whole", "lines", "paragraphs")
 
 
-def prepare(corpus: str, source: str, rule: str = "whole", max_sequences: int = 0) -> pl.DataFrame:
-    """The sequences of one corpus.
+def prepare(corpus: str, source: str, rule: str = "whole", max_sequences: int = 0, start_at: str = "") -> pl.DataFrame:
+    """The sequences of one corpus that needs no network.
 
-    `source` is prompt:TEXT, file:PATH (.txt, .parquet) or demo:NAME. `rule` cuts each source text:
-    whole (one sequence), lines (its non-blank lines as they stand), paragraphs (its lines stripped,
-    without empty lines and headings, which begin with "="; the cut of *A Closer Look into
-    Mixture-of-Experts*, which uses the first ten). `max_sequences` keeps the first so many, 0 all.
+    `source` is prompt:TEXT, file:PATH (.txt, .parquet) or demo:NAME. The other arguments as in `sequences`.
+    Raises AtlasError for a source that cannot be read and as `sequences`.
+    """
+    return sequences(corpus, source, _texts(corpus, source), rule, max_sequences, start_at)
+
+
+def sequences(
+    corpus: str,
+    source: str,
+    texts: Iterable[tuple[int, str]],
+    rule: str = "whole",
+    max_sequences: int = 0,
+    start_at: str = "",
+) -> pl.DataFrame:
+    """The sequences that the texts (document, text) of a source are cut into.
+
+    `rule` cuts each text: whole (one sequence), lines (its non-blank lines as they stand), paragraphs (its lines
+    stripped, without empty lines and headings, which begin with "="; the cut of *A Closer Look into
+    Mixture-of-Experts*, which uses ten). `start_at` leaves out all before the first line that is equal to it, white
+    space aside. `max_sequences` keeps the first so many, 0 all; texts after them are not asked for.
 
     Returns columns corpus, sequence (from 0), document (source text or demo document, from 0), text.
-    Raises AtlasError for a source that cannot be read and for a corpus without sequences.
+    Raises AtlasError for an unknown rule, a negative number and a corpus without sequences.
     """
     if rule not in RULES:
         raise AtlasError(f"corpus {corpus}: rule {rule!r} is unknown; choose one of {', '.join(RULES)}.")
     if max_sequences < 0:
         raise AtlasError(f"corpus {corpus}: max_sequences is {max_sequences}; give 0 for all or a positive number.")
-    pieces = [(document, piece) for document, text in _texts(corpus, source) for piece in cut(text, rule)]
-    if max_sequences:
-        pieces = pieces[:max_sequences]
+    if start_at:
+        texts = _from_line(corpus, source, texts, start_at.strip())
+    cuts = ((document, piece) for document, text in texts for piece in cut(text, rule))
+    pieces = list(itertools.islice(cuts, max_sequences or None))
     if not pieces:
         raise AtlasError(
             f"corpus {corpus}: {source} gives no text under the rule {rule}; fill the source or change it."
@@ -42,6 +61,19 @@ def prepare(corpus: str, source: str, rule: str = "whole", max_sequences: int = 
         },
         schema=COLUMNS,
     )
+
+
+def _from_line(corpus: str, source: str, texts: Iterable[tuple[int, str]], start: str) -> Iterator[tuple[int, str]]:
+    """The texts from the first line that is `start` on."""
+    texts = iter(texts)
+    for document, text in texts:
+        lines = text.split("\n")
+        found = next((number for number, line in enumerate(lines) if line.strip() == start), None)
+        if found is not None:
+            yield document, "\n".join(lines[found:])
+            yield from texts
+            return
+    raise AtlasError(f"corpus {corpus}: {source} has no line {start!r}; correct start_at in its row.")
 
 
 def cut(text: str, rule: str) -> list[str]:

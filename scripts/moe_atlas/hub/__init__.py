@@ -1,0 +1,1 @@
+"""Model repositories of the Hugging Face Hub: looked up, fetched through its own client, checked byte for byte."""
