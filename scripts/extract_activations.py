@@ -1,15 +1,11 @@
 """Send a corpus through a checkpoint layer by layer and keep what its experts did."""
 
 import argparse
-import json
 
-import polars as pl
 import torch
-from safetensors.torch import save_file
 
-from moe_atlas import probe, tables, tokens
-from moe_atlas.errors import AtlasError
-from moe_atlas.files import atomic_path
+from moe_atlas import probe
+from moe_atlas.extraction import Corpus, Reader
 from moe_atlas.log import Progress, run, say
 from moe_atlas.manifest import open_checkpoint
 
@@ -30,38 +26,20 @@ def main() -> None:
 
     checkpoint, manifest = open_checkpoint(arguments.checkpoint)
     reference = open_checkpoint(arguments.dense_reference)[0] if arguments.dense_reference else None
-    texts = pl.read_parquet(arguments.corpus_file)["text"].to_list()
-    tokenizer = tokens.load_tokenizer(checkpoint.directory)
-    sequences = tokens.encode(tokenizer, texts)
-    if not any(sequences):
-        raise AtlasError(f"{arguments.corpus_file}: the corpus has no tokens; correct its row in the corpora sheet.")
-    if reference is not None and tokens.encode(tokens.load_tokenizer(reference.directory), texts) != sequences:
-        raise AtlasError(
-            f"{reference.directory}: its tokenizer gives other tokens than that of {checkpoint.directory}; "
-            "name another dense_reference or none."
-        )
-    say(f"{sum(map(len, sequences))} tokens in {len(sequences)} sequences on {arguments.device}")
+    corpus = Corpus(arguments.corpus, arguments.kind, arguments.corpus_file, arguments.activations, arguments.tokens)
+    reader = Reader(checkpoint.directory, reference and reference.directory)
+    text = reader.read(corpus)
+    say(f"running on {arguments.device}")
     progress = Progress(manifest["L"], "layer")
-    descriptions, tensors = probe.extract(
+    (record,) = probe.extract_texts(
         checkpoint,
-        sequences,
-        keep_tokens=arguments.kind == "short",
+        [text],
         dtype=arguments.dtype,
         reference=reference,
         device=arguments.device,
-        on_layer=lambda layer, layers: progress.step(),
+        on_layer=lambda *_: progress.step(),
     )
-    atlas = {
-        "model": arguments.model,
-        "corpus": arguments.corpus,
-        "kind": arguments.kind,
-        "layers": descriptions,
-    }
-    tables.write(
-        "tokens", tokens.token_table(tokenizer, sequences, arguments.model, arguments.corpus), arguments.tokens
-    )
-    with atomic_path(arguments.activations) as temporary:
-        save_file(tensors, temporary, metadata={"atlas": json.dumps(atlas)})
+    reader.write(arguments.model, corpus, text, record)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ import itertools
 import polars as pl
 
 from moe_atlas import tables
-from moe_atlas.architectures.ffn import dense_ffn, ffn_view
-from moe_atlas.architectures.sites import find_sites
 from moe_atlas.log import Progress, run
 from moe_atlas.manifest import open_checkpoint
-from moe_atlas.parametric.similarity import weight_similarity
+from moe_atlas.parametric.similarity import layer_similarity
 from moe_atlas.stream import LayerStream
 
 
@@ -34,11 +32,7 @@ def main() -> None:
         paired = dense is not None and index < len(dense)
         dense_layer = dense.layer(index, following) if paired else contextlib.nullcontext()
         with stream.layer(index, following) as layer, dense_layer as reference:
-            (site,) = (site for site in find_sites(layer) if site.name == "ffn")
-            ffn = dense_ffn(reference) if paired else None
-            frames.append(
-                weight_similarity(site.bank(), model=arguments.model, layer=index, reference=ffn and ffn_view(ffn))
-            )
+            frames.append(layer_similarity(layer, reference, model=arguments.model, index=index))
         progress.step()
     tables.write("similarity", pl.concat(frames), arguments.output)
 

@@ -84,7 +84,7 @@ def test_an_environment_holds_what_its_programs_import(path):
 
 def test_only_the_environments_that_need_it_hold_torch():
     with_torch = {path.stem for path in ENVIRONMENTS if "torch" in pip_pins(path)}
-    assert with_torch == {"training", "checkpoints", "extraction"}
+    assert with_torch == {"training", "checkpoints", "hub", "extraction"}
 
 
 def test_the_conda_environment_is_the_lock():
@@ -113,7 +113,6 @@ def test_direct_requirements_are_what_is_imported():
         "ipykernel": NEEDED_UNSEEN["notebooks"]["ipykernel"],
         "pandas": "bounded for Snakemake",
         "seaborn": "for who draws more in the notebooks",
-        "datasets": "for corpora of the Hub, which the sheet knows already",
     }
     direct = {re.match(r"[A-Za-z0-9-]+", line)[0].lower() for line in requirements("requirements.in")}
     assert imported <= direct

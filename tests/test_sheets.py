@@ -97,8 +97,8 @@ MODEL_FAULTS = [
     (["a\ttiny\t\t\t\t"], r"line 2 \(a\), column source: 'tiny' is not allowed here; write demo:RECIPE"),
     (["a\thf:tiny\t\t\t\t"], r"column source: 'hf:tiny' is not allowed here"),
     (["a\tdemo:tinny\t\t\t\t"], r"there is no recipe tinny \(did you mean tiny\?\); the recipes are tiny, other"),
-    (["a\thf:x/y\t\t\t\t"], r"column source: this version cannot make hf:x/y; name a local copy with path:DIR"),
-    (["a\temoe:b\t\t\t\t"], r"column source: this version cannot make emoe:b; .* set enabled to false"),
+    (["a\thf:x/y\t\t\t\t"], r"revision: '' is not a commit of 40 hex digits; take one from \S+/x/y/commits/main"),
+    (["a\temoe:b\t\t\t\t"], r"column source: this version cannot make emoe:b; set enabled to false"),
     (["a\tpath:nowhere\t\t\t\t"], r"column source: there is no folder nowhere"),
     (["a\tdemo:tiny\tb\t\t\t"], r"column dense_reference: there is no row b; add it"),
     (["a\tdemo:tiny\ta\t\t\t"], r"column dense_reference: a model cannot be its own reference"),
@@ -123,6 +123,46 @@ def test_a_faulty_model_sheet_is_refused_with_a_sentence(tmp_path, lines, senten
     assert text.startswith(str(tmp_path / "models.tsv")) and text.endswith(".") and "\n" not in text
 
 
+HUB_HEADER = "model\tsource\trevision\tdense_reference\tkeep\n"
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def test_models_of_the_hub(tmp_path):
+    lines = (f"dense\thf:x/y\t{COMMIT}\t\t", f"big\thf:x/z\t{COMMIT}\tdense\tfalse")
+    found = models(tmp_path, *lines, header=HUB_HEADER)
+    assert [(m.repository, m.directory, m.recipe, m.keep) for m in found.values()] == [
+        ("x/y", "", "", True),
+        ("x/z", "", "", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (["a\thf:x/y\tmain\t\t"], r"column revision: 'main' is not a commit of 40 hex digits"),
+        ([f"a\thf:x/y\t{COMMIT.upper()}\t\t"], r"column revision: '0123456789ABC"),
+        (["a\tdemo:tiny\t\t\tfalse"], r"column keep: only an hf: row can be fetched, used and deleted; write true"),
+        (
+            [f"a\thf:x/y\t{COMMIT}\t\tfalse", f"b\thf:x/z\t{COMMIT}\ta\t"],
+            r"line 3 \(b\), column dense_reference: the row a has keep false, and its weights are wanted; write true",
+        ),
+    ],
+)
+def test_a_faulty_row_of_the_hub_is_refused_with_a_sentence(tmp_path, lines, sentence):
+    with pytest.raises(AtlasError, match=sentence):
+        models(tmp_path, *lines, header=HUB_HEADER)
+
+
+def test_the_sheets_of_the_published_models_are_taken():
+    config = load_config(yaml.safe_load((ROOT / "config/paper.yaml").read_text(encoding="utf-8")))
+    found = load_models(ROOT / config["models"], ())
+    assert len(found) >= 12 and all(model.repository for model in found.values())
+    assert not found["grok-1"].keep and found["mixtral-8x7b"].dense_reference == "mistral-7b"
+    texts = load_corpora(ROOT / config["corpora"], ())
+    shipped = load_corpora(ROOT / "config/corpora.tsv", DEMO_CORPORA)
+    assert all(texts[name].source == shipped[name].source for name in ("prompt", "routing-prompt"))
+
+
 @pytest.mark.parametrize(
     ("header", "sentence"),
     [
@@ -142,7 +182,6 @@ def test_a_faulty_header_is_refused_with_a_sentence(tmp_path, header, sentence):
     ("line", "sentence"),
     [
         ("c\tdemo:pros\tlong\t", r"there is no demo text pros \(did you mean prose\?\); they are prose, code"),
-        ("c\thf:a/b\tlong\t", r"this version cannot fetch hf:a/b; name a local copy with file:PATH"),
         ("c\tfile:text.txt\tlong\t", r"there is no file text.txt; write the path"),
         ("c\tfile:text.doc\tlong\t", r"column source: 'file:text.doc' is not allowed here"),
         ("c\tprompt:\tshort\t", r"column source: 'prompt:' is not allowed here"),
@@ -155,6 +194,34 @@ def test_a_faulty_header_is_refused_with_a_sentence(tmp_path, header, sentence):
 def test_a_faulty_corpus_sheet_is_refused_with_a_sentence(tmp_path, line, sentence):
     with pytest.raises(AtlasError, match=sentence):
         corpora(tmp_path, line)
+
+
+DATA_SET = "corpus\tsource\tkind\trevision\tsubset\tsplit\tcolumn\n"
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+
+def test_a_data_set_of_the_hub_names_its_commit_and_split(tmp_path):
+    corpus = corpora(tmp_path, f"c\thf:a/b\tlong\t{COMMIT}\t\ttest\t", header=DATA_SET)["c"]
+    assert (corpus.repository, corpus.file, corpus.revision) == ("a/b", "", COMMIT)
+    assert (corpus.subset, corpus.split, corpus.column) == ("", "test", "text")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("c\thf:a/b\tlong\t\t\ttest\t", r"column revision: an hf: row names a commit; .*datasets/a/b/commits/main"),
+        ("c\thf:a/b\tlong\tmain\t\ttest\t", r"column revision: 'main' is not allowed here; write the 40 hex digits"),
+        (f"c\thf:a/b\tlong\t{COMMIT}\t\t\t", r"column split: an hf: row names a split, such as test; .*datasets/a/b"),
+        (f"c\thf:a/b\tlong\t{COMMIT}\t\ttest[:9]\t", r"column split: 'test\[:9\]' is not allowed.*max_sequences says"),
+        (f"c\tdemo:prose\tlong\t{COMMIT}\t\t\t", r"column revision: only an hf: row has a revision; empty the cell"),
+        ("c\tdemo:prose\tlong\t\tmain\t\t", r"column subset: only an hf: row has a subset"),
+        ("c\tprompt:x\tshort\t\t\ttest\t", r"column split: only an hf: row has a split"),
+        ("c\tprompt:x\tshort\t\t\t\tanswer", r"column column: only an hf: row has a column"),
+    ],
+)
+def test_a_faulty_row_of_a_data_set_is_refused_with_a_sentence(tmp_path, line, sentence):
+    with pytest.raises(AtlasError, match=sentence):
+        corpora(tmp_path, line, header=DATA_SET)
 
 
 def test_unreadable_sheets_are_refused_with_a_sentence(tmp_path):

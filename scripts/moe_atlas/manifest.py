@@ -21,19 +21,14 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 
 
-def describe(model: str, source: str, revision: str, directory: str | os.PathLike, dense_allowed: bool) -> dict:
-    """Check a checkpoint directory and return the contents of its checkpoint.json.
+def shape_of(model: str, directory: str | os.PathLike, dense_allowed: bool) -> dict:
+    """What config.json says a model is: the architecture's part of checkpoint.json. Reads no weights.
 
-    Reads config.json, builds the model without weights, checks every file's header and hashes the files.
-    Raises AtlasError for anything that is missing, damaged, of an unknown architecture, or without experts
+    Raises AtlasError for a config that is missing or damaged, of an unknown architecture, or without experts
     (unless dense_allowed: a dense model has a place in the atlas as a reference only).
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise AtlasError(f"{directory}: there is no such directory; correct the source of {model} in the sheet.")
+    path = Path(directory) / "config.json"
     config = read_config(directory)
-    path = directory / "config.json"
-    checkpoint = Checkpoint(directory)
     try:
         network = skeleton(config)
     except AtlasError as error:
@@ -48,15 +43,9 @@ def describe(model: str, source: str, revision: str, directory: str | os.PathLik
             f"{path}: the {config.model_type} model {model} has no experts; "
             "name it as dense_reference of another row or set enabled to false."
         )
-    largest = max(checkpoint.tensors.values(), key=lambda info: info.stop - info.start)
     return {
-        "model": model,
-        "source": source,
-        "revision": revision,
-        "directory": str(directory),
         "model_type": config.model_type,
         "architecture": type(network).__name__,
-        "dtype": str(largest.dtype).removeprefix("torch."),
         "L": len(layers),
         "N": max((site.num_experts for site in ffn_sites.values()), default=0),
         "k": _first(config, _TOP_K) if ffn_sites else 0,
@@ -67,16 +56,55 @@ def describe(model: str, source: str, revision: str, directory: str | os.PathLik
         "moe_layers": list(ffn_sites),
         "attention_experts": any(site.name == "attention" for found in sites.values() for site in found),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "bytes": sum(file.stat().st_size for file in checkpoint.files),
-        "files": _hashes(checkpoint.files),
+    }
+
+
+def describe(
+    model: str,
+    source: str,
+    revision: str,
+    directory: str | os.PathLike,
+    dense_allowed: bool,
+    *,
+    licence: str = "",
+    files: list[dict] | None = None,
+    fetched: Checkpoint | None = None,
+) -> dict:
+    """Check a checkpoint directory and return the contents of its checkpoint.json.
+
+    Builds the model without weights, checks every file's header and hashes the files.
+    files: name, bytes and sha256 of each weight file, where somebody has checked them already.
+    fetched: a checkpoint whose shards are not kept; `files` must then be given.
+    Raises AtlasError for anything that is missing or damaged, and as `shape_of` does.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise AtlasError(f"{directory}: there is no such directory; correct the source of {model} in the sheet.")
+    shape = shape_of(model, directory, dense_allowed)
+    checkpoint = Checkpoint(directory) if fetched is None else fetched
+    files = _hashes(checkpoint.files) if files is None else files
+    return {
+        "model": model,
+        "source": source,
+        "revision": revision,
+        "licence": licence,
+        "directory": str(directory),
+        "kept": fetched is None,
+        **shape,
+        "dtype": str(checkpoint.dtype).removeprefix("torch."),
+        "bytes": sum(file["bytes"] for file in files),
+        "files": files,
     }
 
 
 def _first(config: PreTrainedConfig, names: tuple[str, ...]) -> int:
-    """The first of several config values that is there and a positive number, else 0."""
+    """The first of several config values that is there and a positive number, else 0; of a list its largest number."""
     text = config.get_text_config()
-    values = (getattr(text, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int) and value > 0), 0)
+    # DBRX keeps the numbers of its FFN in a config of their own.
+    parts = (text, *(getattr(text, name, None) for name in text.sub_configs))
+    values = (getattr(part, name, None) for part in parts for name in names)
+    numbers = (max(value, default=0) if isinstance(value, list) else value for value in values)
+    return next((number for number in numbers if isinstance(number, int) and number > 0), 0)
 
 
 def _shared(config: PreTrainedConfig, sites: dict[int, ExpertSite]) -> int:
@@ -102,7 +130,8 @@ def _check_count(path: Path, config: PreTrainedConfig, experts: int) -> None:
     """The number of experts must be in the file: a class default would silently build another model."""
     raw = read_json(path)
     raw = raw.get("text_config", raw)
-    if not any(_EXPERT_COUNT.fullmatch(name) for name in raw):
+    there = {*raw, *(name for part in raw.values() if isinstance(part, dict) for name in part)}
+    if not any(_EXPERT_COUNT.fullmatch(name) for name in there):
         names = [name for name in config.get_text_config().to_dict() if _EXPERT_COUNT.fullmatch(name)]
         wanted = " or ".join(names) or "num_experts"
         raise AtlasError(f"{path}: the number of experts is missing ({wanted}); restore the file.")
@@ -123,9 +152,20 @@ def _hashes(files: list[Path]) -> list[dict]:
 def open_checkpoint(path: str | os.PathLike) -> tuple[Checkpoint, dict]:
     """The checkpoint a checkpoint.json describes, and the description.
 
-    Raises AtlasError when a file is gone or has another size than it had when it was described.
+    Raises AtlasError when a file is gone or has another size than it had when it was described, and for a
+    checkpoint whose shards were not kept.
     """
     manifest = read_json(path)
+    if not manifest["kept"]:
+        raise AtlasError(
+            f"{path}: the shards of {manifest['source']} were deleted after use; set keep to true in the row of "
+            f"{manifest['model']} to have them fetched and kept."
+        )
+    if not Path(manifest["directory"]).is_dir():
+        raise AtlasError(
+            f"{manifest['directory']}: the checkpoint of {manifest['model']} is no longer there; put it back, "
+            f"or delete {path} to have {manifest['source']} looked up again."
+        )
     checkpoint = Checkpoint(manifest["directory"])
     sizes = {file.name: file.stat().st_size for file in checkpoint.files}
     if sizes != {entry["name"]: entry["bytes"] for entry in manifest["files"]}:

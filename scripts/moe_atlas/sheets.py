@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import io
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ CHECKPOINTS = "results/checkpoints"
 
 # What of a checkpoint folder decides its results: the weights and the tokenizer.
 _CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".json", ".model")
+
+
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def _split(source: str) -> tuple[str, str]:
@@ -43,6 +47,7 @@ class Model:
     gpus: int
     mem_mb: int
     runtime: int  # minutes
+    keep: bool
     enabled: bool
     notes: str
 
@@ -53,10 +58,16 @@ class Model:
         return locator if scheme == "demo" else ""
 
     @property
-    def directory(self) -> str:
-        """Folder of the checkpoint, as written in the sheet or relative to the repository."""
+    def repository(self) -> str:
+        """OWNER/NAME of an hf: row, "" for any other."""
         scheme, locator = _split(self.source)
-        return f"{CHECKPOINTS}/{locator}" if scheme == "demo" else locator
+        return locator if scheme == "hf" else ""
+
+    @property
+    def directory(self) -> str:
+        """Folder of the checkpoint, as written in the sheet or relative to the repository; "" for an hf: row."""
+        scheme, locator = _split(self.source)
+        return {"demo": f"{CHECKPOINTS}/{locator}", "path": locator}.get(scheme, "")
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,13 @@ class Corpus:
 
     corpus: str
     source: str
+    revision: str  # this and the next three: of an hf: row
+    subset: str  # "": the only or default one
+    split: str
+    column: str
     kind: str
     rule: str
+    start_at: str  # a line of the source, "" for its beginning
     max_sequences: int  # 0: all
     notes: str
 
@@ -75,6 +91,12 @@ class Corpus:
         """Path of a file: row, "" for any other."""
         scheme, locator = _split(self.source)
         return locator if scheme == "file" else ""
+
+    @property
+    def repository(self) -> str:
+        """OWNER/NAME of an hf: row, "" for any other."""
+        scheme, locator = _split(self.source)
+        return locator if scheme == "hf" else ""
 
 
 @functools.cache
@@ -210,18 +232,22 @@ def _load_rows(path: str | Path, name: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _check_model_source(place: str, model: Model, recipes: Collection[str]) -> None:
-    """An enabled row's checkpoint can be made or is there."""
-    place = f"{place}, column source"
+    """An enabled row's checkpoint can be made or fetched, or is there."""
+    row, place = place, f"{place}, column source"
     scheme, locator = _split(model.source)
     if scheme == "demo" and locator not in recipes:
         raise AtlasError(
             f"{place}: there is no recipe {locator}{_suggest(locator, recipes)}; the recipes are {', '.join(recipes)}."
         )
-    if scheme in ("hf", "emoe"):
+    if scheme == "emoe":
+        raise AtlasError(f"{place}: this version cannot make {model.source}; set enabled to false.")
+    if scheme == "hf" and not _COMMIT.fullmatch(model.revision):
         raise AtlasError(
-            f"{place}: this version cannot make {model.source}; "
-            "name a local copy with path:DIR or set enabled to false."
+            f"{row}, column revision: {model.revision!r} is not a commit of 40 hex digits; "
+            f"take one from https://huggingface.co/{locator}/commits/main."
         )
+    if scheme != "hf" and not model.keep:
+        raise AtlasError(f"{row}, column keep: only an hf: row can be fetched, used and deleted; write true.")
     if scheme == "path":
         if not Path(locator).is_dir():
             raise AtlasError(f"{place}: there is no folder {locator}; write the folder that holds config.json.")
@@ -255,9 +281,27 @@ def load_models(path: str | Path, recipes: Collection[str]) -> dict[str, Model]:
             )
         if reference and reference not in models:
             raise AtlasError(f"{column}: the row {reference} is not enabled; enable it or leave the cell empty.")
+        if reference and not models[reference].keep:
+            raise AtlasError(
+                f"{column}: the row {reference} has keep false, and its weights are wanted; write true there."
+            )
     if not models:
         raise AtlasError(f"{path}: no row is enabled; set enabled to true in one.")
     return models
+
+
+def _check_data_set(place: str, corpus: Corpus) -> None:
+    """An hf: row says what of the data set is read, and no other row does."""
+    if not corpus.repository:
+        for column in ("revision", "subset", "split", "column"):
+            if getattr(corpus, column) != schema("corpora")["properties"][column]["default"]:
+                raise AtlasError(f"{place}, column {column}: only an hf: row has a {column}; empty the cell.")
+        return
+    page = f"https://huggingface.co/datasets/{corpus.repository}"
+    if not corpus.revision:
+        raise AtlasError(f"{place}, column revision: an hf: row names a commit; take one from {page}/commits/main.")
+    if not corpus.split:
+        raise AtlasError(f"{place}, column split: an hf: row names a split, such as test; {page} shows its splits.")
 
 
 def load_corpora(path: str | Path, names: Collection[str]) -> dict[str, Corpus]:
@@ -274,11 +318,7 @@ def load_corpora(path: str | Path, names: Collection[str]) -> dict[str, Corpus]:
             raise AtlasError(
                 f"{column}: there is no demo text {locator}{_suggest(locator, names)}; they are {', '.join(names)}."
             )
-        if scheme == "hf":
-            raise AtlasError(
-                f"{column}: this version cannot fetch {corpus.source}; "
-                "name a local copy with file:PATH or remove the row."
-            )
+        _check_data_set(place, corpus)
         if scheme == "file" and not Path(locator).is_file():
             raise AtlasError(f"{column}: there is no file {locator}; write the path of a .txt or .parquet file.")
         corpora[corpus.corpus] = corpus

@@ -15,6 +15,8 @@ rule weight_similarity:
         "results/logs/weight_similarity/{model}.log",
     benchmark:
         "results/benchmarks/weight_similarity/{model}.tsv"
+    wildcard_constraints:
+        model=one_of(models_where(lambda row: row.keep)),
     conda:
         "../envs/checkpoints.yaml"
     threads: model_threads

@@ -1,7 +1,7 @@
 """A checkpoint directory in the Hub's format as a mapping from tensor names to lazy tensors."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +13,30 @@ from moe_atlas.files import read_json
 
 # In the order of preference: a repository that ships both is read as safetensors.
 LAYOUTS = (
-    ("model.safetensors.index.json", "model.safetensors", SafetensorsFile),
-    ("pytorch_model.bin.index.json", "pytorch_model.bin", BinFile),
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
+
+
+def shards_of_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, from an index file; a name that leads out of the folder is an AtlasError."""
+    shard_of = read_json(path).get("weight_map", {})
+    for shard in set(shard_of.values()):
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise AtlasError(f"{path}: the shard {shard!r} is not a plain file name; fetch the index again.")
+    return shard_of
+
+
+def main_dtype(tensors: Iterable[TensorInfo]) -> torch.dtype:
+    """Dtype of the largest tensor; the codes and 8-bit numbers of a quantised checkpoint do not count."""
+    tensors = list(tensors)
+    plain = [info for info in tensors if info.dtype.is_floating_point and info.dtype.itemsize > 1]
+    return max(plain or tensors, key=lambda info: info.stop - info.start).dtype
+
+
+def open_file(path: Path) -> SafetensorsFile | BinFile:
+    """The lazy tensors of one weight file, by its suffix."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else BinFile(path)
 
 
 class Checkpoint:
@@ -36,26 +57,39 @@ class Checkpoint:
         self.files = self._open()
 
     def _open(self) -> list[Path]:
-        for index_name, single_name, reader in LAYOUTS:
+        for index_name, single_name in LAYOUTS:
             index_path, single_path = self.directory / index_name, self.directory / single_name
             if index_path.exists():
-                shard_of = read_json(index_path).get("weight_map", {})
+                shard_of = shards_of_index(index_path)
                 files = [self.directory / name for name in sorted(set(shard_of.values()))]
                 for path in files:
                     if not path.exists():
                         raise AtlasError(f"{path}: this shard is named by {index_name} but missing; fetch it again.")
-                shards = {path.name: reader(path) for path in files}
+                shards = {path.name: open_file(path) for path in files}
                 for name, shard in shard_of.items():
                     if name not in shards[shard].tensors:
                         raise AtlasError(f"{self.directory / shard}: the tensor {name} is missing; fetch it again.")
                     self._file_of[name] = shards[shard]
                 return files
             if single_path.exists():
-                file = reader(single_path)
+                file = open_file(single_path)
                 self._file_of = dict.fromkeys(file.tensors, file)
                 return [single_path]
-        names = " or ".join(name for _, name, _ in LAYOUTS)
+        names = " or ".join(name for _, name in LAYOUTS)
         raise AtlasError(f"{self.directory}: there are no weights here ({names}); fetch the checkpoint again.")
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the index."""
+        return list(self._file_of)
+
+    def expect(self, groups: Sequence[Sequence[str]]) -> None:
+        """Say in which order groups of tensors will be read. It matters only where files come and go."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, those of a quantised checkpoint's plain tensors."""
+        return main_dtype(self.tensors.values())
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -63,7 +97,9 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU in the dtype of its file; NaN or infinity is an AtlasError."""
-        file = self._file_of[name]
+        return self._read(self._file_of[name], name)
+
+    def _read(self, file: SafetensorsFile | BinFile, name: str) -> torch.Tensor:
         tensor = file.read(name)
         self.bytes_read += tensor.numel() * tensor.dtype.itemsize
         # A sum is finite unless a term is not: one pass and no mask of the tensor's size.

@@ -13,9 +13,12 @@ import math
 import numpy as np
 import polars as pl
 import torch
+from torch import nn
 
 from moe_atlas import tables
 from moe_atlas.architectures.bank import FFN, ExpertBank
+from moe_atlas.architectures.ffn import dense_ffn, ffn_view
+from moe_atlas.architectures.sites import find_sites
 from moe_atlas.errors import AtlasError
 
 REFERENCE, SHARED = "F", "SE"
@@ -115,6 +118,16 @@ def _check_width(bank: ExpertBank, reference: FFN, model: str) -> None:
             f"{model}: its hidden width is {ours} and that of its dense reference is {theirs}; "
             "in config/models.tsv name a model of the same width in the column dense_reference, or leave it empty."
         )
+
+
+def layer_similarity(layer: nn.Module, dense_layer: nn.Module | None, *, model: str, index: int) -> pl.DataFrame:
+    """Table "similarity" of the FFN experts of a decoder layer whose weights are in memory.
+
+    dense_layer: the layer of the dense reference whose FFN is F, or None.
+    """
+    (site,) = (site for site in find_sites(layer) if site.name == "ffn")
+    ffn = dense_ffn(dense_layer) if dense_layer is not None else None
+    return weight_similarity(site.bank(), model=model, layer=index, reference=ffn and ffn_view(ffn))
 
 
 def weight_similarity(bank: ExpertBank, *, model: str, layer: int, reference: FFN | None = None) -> pl.DataFrame:

@@ -1,0 +1,60 @@
+"""What the programs that run a model over corpora have in common: texts to tokens before, files after."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+from safetensors.torch import save_file
+
+from moe_atlas import tables, tokens
+from moe_atlas.errors import AtlasError
+from moe_atlas.files import atomic_path
+from moe_atlas.log import say
+from moe_atlas.probe import Record, Text
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One corpus of a run: its id and kind (short or long) in the sheet, where its texts are, what is to be written."""
+
+    name: str
+    kind: str
+    file: str
+    activations: str
+    tokens: str
+
+
+class Reader:
+    """The tokenizer of a model, and that of its dense reference, which must give the same tokens.
+
+    Raises AtlasError when a tokenizer cannot be read.
+    """
+
+    def __init__(self, directory: str | os.PathLike, reference: str | os.PathLike | None = None):
+        self.directory, self.reference = Path(directory), reference and Path(reference)
+        self.tokenizer = tokens.load_tokenizer(directory)
+        self._other = tokens.load_tokenizer(reference) if reference else None
+
+    def read(self, corpus: Corpus) -> Text:
+        """The corpus as token ids. AtlasError when it has none, or when the reference's tokens differ."""
+        texts = pl.read_parquet(corpus.file)["text"].to_list()
+        sequences = tokens.encode(self.tokenizer, texts)
+        if not any(sequences):
+            raise AtlasError(f"{corpus.file}: the corpus has no tokens; correct its row in the corpora sheet.")
+        if self._other is not None and tokens.encode(self._other, texts) != sequences:
+            raise AtlasError(
+                f"{self.reference}: its tokenizer gives other tokens than that of {self.directory}; "
+                "name another dense_reference or none."
+            )
+        say(f"{corpus.name}: {sum(map(len, sequences))} tokens in {len(sequences)} sequences")
+        return Text(sequences, keep_tokens=corpus.kind == "short")
+
+    def write(self, model: str, corpus: Corpus, text: Text, record: Record) -> None:
+        """Write tokens.parquet and activations.safetensors of one corpus (layout in results/README.md)."""
+        table = tokens.token_table(self.tokenizer, text.sequences, model, corpus.name)
+        tables.write("tokens", table, corpus.tokens)
+        atlas = {"model": model, "corpus": corpus.name, "kind": corpus.kind, "layers": record.sites}
+        with atomic_path(corpus.activations) as temporary:
+            save_file(record.tensors, temporary, metadata={"atlas": json.dumps(atlas)})
