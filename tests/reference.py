@@ -198,12 +198,18 @@ class Reference:
         load_rows = [(model, corpus, layer, "ffn", *key, *value) for (layer, *key), value in load.items()]
         count_rows = [(model, corpus, layer, "ffn", *key, value) for (layer, *key), value in counts.items()]
         scores = ["expert", "norm", "score", "norm_rank", "score_rank"]
+        total = sum(map(len, sequences))
+        normalised = "chosen experts" if self.config["model_type"] == "mixtral" else "all experts"
+        # The weights above are softmax scores of the k largest logits, divided by their sum or not.
+        rule = ("softmax", normalised, 1.0, 0.0, 0.0, "largest logits", 1.0, total)
+        rule_rows = [(model, corpus, layer, "ffn", *rule) for layer in self.layers]
         tables = {
             "routing": (routing, [*token, "rank", "expert", "weight"]),
             "load": (load_rows, [*place, "expert", "rank", "tokens", "weight_sum"]),
             "norm_score": (norm_score, [*token, *scores]),
             "rank_counts": (count_rows, [*place, "score_rank", "norm_rank", "count"]),
             "output_similarity": (mean_rows, [*place, "a", "b", *means]),
+            "router_rule": (rule_rows, [*place, *VALUES["router_rule"]]),
             "output_similarity_tokens": (by_token, [*token, "a", "b", "cosine"]),
         }
         return {name: pl.DataFrame(rows, columns, orient="row") for name, (rows, columns) in tables.items()}
@@ -216,6 +222,16 @@ VALUES = {
     "load": ["tokens", "weight_sum"],
     "norm_score": ["norm", "score", "norm_rank", "score_rank"],
     "rank_counts": ["count"],
+    "router_rule": [
+        "score",
+        "normalised",
+        "scale",
+        "scale_spread",
+        "weight_error",
+        "selection",
+        "selection_agreement",
+        "tokens",
+    ],
     "output_similarity": ["tokens", "cosine_mean", "cosine_sd", "angular_mean", "angular_sd"],
     "output_similarity_tokens": ["cosine"],
 }

@@ -131,6 +131,13 @@ def _layer(parts, toy, fixed, total, short, rng):
     parts["load"].append(
         _table("load", fixed, expert=map(str, i), rank=j, tokens=load.ravel(), weight_sum=weight_sum.ravel())
     )
+    parts["router_rule"].append(
+        _table(
+            "router_rule", fixed, score=["softmax"], normalised=["chosen experts"], scale=[1.0], scale_spread=[0.0],
+            weight_error=[2e-7], selection=["largest logits"], selection_agreement=[1.0], logit_error=[1e-6],
+            tokens=[total],
+        )
+    )  # fmt: skip
     labels = [str(e) for e in range(n)] + list(toy.output_extras if fixed["site"] == "ffn" else ())
     stack = np.stack([_cosines(rng, len(labels)) for _ in range(min(total, 12))])
     angular = 1 - np.arccos(np.clip(stack, -1, 1)) / np.pi

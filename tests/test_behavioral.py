@@ -21,6 +21,7 @@ from moe_atlas.behavioral.activations import Activations
 from moe_atlas.behavioral.tables import average_ranks, layers
 from moe_atlas.behavioral.write import write_frames
 from moe_atlas.errors import AtlasError
+from moe_atlas.router_rule import RouterRule
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -44,7 +45,9 @@ def record(entry, count, seed):
     cosines, sums, load = pair_cosines(outputs), PairSums(len(outputs)), LoadCounts(experts, top_k)
     sums.add(cosines)
     load.add(ids, weights)
-    arrays = sums.arrays() | load.arrays() | {"rank_counts": rank_counts(logits, norms)}
+    rule = RouterRule(experts)
+    rule.add(logits, ids.where(ids >= 0, experts), weights)
+    arrays = sums.arrays() | load.arrays() | rule.arrays() | {"rank_counts": rank_counts(logits, norms)}
     return arrays | {"ids": ids, "weights": weights, "logits": logits, "norms": norms, "cosine": cosines.float()}
 
 
@@ -75,7 +78,7 @@ def program(directory, *names, check=True):
     return subprocess.run(list(map(str, command)), check=check, capture_output=True, text=True)
 
 
-SUMS = ("load", "rank_counts", "output_similarity")
+SUMS = ("load", "rank_counts", "output_similarity", "router_rule")
 SINGLE = ("routing", "norm_score", "output_similarity_tokens")
 
 

@@ -86,7 +86,7 @@ def test_every_value_equals_a_float64_recomputation(atlas, model):
         kept = {name for name, declared in tables.TABLES.items() if CORPORA[corpus] in declared.kinds}
         expected |= {(name, corpus): frame for name, frame in found.items() if name in kept}
         near_ties[corpus] = sum(second.near_ties.values())
-    assert len(expected) == 2 + 6 + 3
+    assert len(expected) == 2 + 7 + 4
     for (name, corpus), frame in expected.items():
         ours = model_table(atlas, model, name, corpus)
         for column, difference in reference.largest_difference(name, ours, frame).items():

@@ -1,4 +1,4 @@
-"""One forward pass over a corpus: what every expert answers to every token, as sufficient statistics.
+"""One forward pass over one or more corpora: what every expert answers to every token, as sufficient statistics.
 
 The pass is layer-major: each layer is read once and all tokens go through it. Short corpora keep a row
 a token; long ones keep counts and sums, so memory and disk do not grow with the text. The layout of
@@ -6,8 +6,10 @@ the result is described in results/README.md (activations.safetensors).
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from moe_atlas.architectures.ffn import dense_ffn
 from moe_atlas.architectures.sites import ExpertSite, find_sites
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
+from moe_atlas.router_rule import RouterRule
 from moe_atlas.stream import LayerStream
 
 # Padded tokens of one batch: attention and norms of a layer work on so many at a time.
@@ -94,6 +97,8 @@ class SiteProbe:
             self.load = LoadCounts(experts, ids.shape[1])
             self.pairs = PairSums(len(self.labels), outputs.device)
             self.ranks = torch.zeros(experts, experts, dtype=torch.float64, device=outputs.device)
+            choice = self.site.choice()
+            self.rule = RouterRule(experts, choice.bias, choice.groups, choice.jitter)
         compared = [outputs]
         if self.has_own:
             compared.append(self.own[tokens][None])
@@ -103,6 +108,8 @@ class SiteProbe:
             compared.append(self.site.shared(inputs)[None])
         cosines = pair_cosines(torch.cat([part.to(outputs.dtype) for part in compared]))
         norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32).T
+        own = self.site.own_logits
+        self.rule.add(logits if own is None else own[tokens], ids, weights, logits)
         ids, weights = _by_weight(ids, weights, experts)
         self.pairs.add(cosines)
         self.ranks += rank_counts(logits, norms)
@@ -119,7 +126,8 @@ class SiteProbe:
 
     def arrays(self) -> dict[str, torch.Tensor]:
         """All statistics by name, on the CPU."""
-        arrays = {**self.pairs.arrays(), **self.load.arrays(), "rank_counts": self.ranks, **self.kept}
+        arrays = {**self.pairs.arrays(), **self.load.arrays(), **self.rule.arrays()}
+        arrays |= {"rank_counts": self.ranks, **self.kept}
         return {name: array.cpu() for name, array in arrays.items()}
 
     def description(self) -> dict:
@@ -156,26 +164,53 @@ def _output_of(module: nn.Module | None):
         handle.remove()
 
 
+@dataclass(frozen=True)
+class Text:
+    """A corpus as token ids, special tokens included; keep_tokens keeps a row a token (short corpora)."""
+
+    sequences: Sequence[Sequence[int]]
+    keep_tokens: bool
+
+
+@dataclass
+class Record:
+    """What the experts did on one text: descriptions of the expert sites, tensors `layer_{l}.{site}.{name}`."""
+
+    sites: list[dict] = field(default_factory=list)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class LayerObserver(Protocol):
+    """Who wants to see each layer while its weights are in memory."""
+
+    def __call__(self, index: int, layer: nn.Module, dense_layer: nn.Module | None) -> None:
+        """The decoder layer, and the dense reference's layer of the same index where there is one."""
+
+
 def extract(
+    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], *, keep_tokens: bool, **options
+) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """One text through a checkpoint: sites and tensors of its Record. `options` are those of extract_texts."""
+    (record,) = extract_texts(checkpoint, [Text(sequences, keep_tokens)], **options)
+    return record.sites, record.tensors
+
+
+def extract_texts(
     checkpoint: Checkpoint,
-    sequences: Sequence[Sequence[int]],
+    texts: Sequence[Text],
     *,
-    keep_tokens: bool,
     dtype: str = "auto",
     reference: Checkpoint | None = None,
     device: str | torch.device = "cpu",
     batch_tokens: int = BATCH_TOKENS,
-    on_layer: Callable[[int, int], None] = lambda layer, layers: None,
-) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """Run a corpus through a checkpoint and return what its experts did.
+    on_layer: LayerObserver = lambda index, layer, dense_layer: None,
+) -> list[Record]:
+    """Run texts through a checkpoint in one pass over its layers and return what its experts did on each.
 
-    sequences: token ids, special tokens included. keep_tokens: keep a row a token (short corpora).
     reference: a dense checkpoint of the same width and tokenizer; its FFN of the same layer is compared
     as F (on its own hidden states) and F_same_input (on the MoE's inputs; A Closer Look, 5.1 has F only).
-    Returns descriptions of the expert sites and tensors `layer_{l}.{site}.{name}`. A dense model has none.
+    A dense model has no sites. Raises AtlasError when the reference has another width.
     """
-    batches = make_batches(sequences, batch_tokens)
-    total = sum(map(len, sequences)) if keep_tokens else 0
     stream = LayerStream(checkpoint, dtype, device)
     dense = LayerStream(reference, dtype, device) if reference is not None else None
     if dense is not None and dense.config.hidden_size != stream.config.hidden_size:
@@ -183,32 +218,52 @@ def extract(
             f"{reference.directory}: hidden size {dense.config.hidden_size} differs from the "
             f"{stream.config.hidden_size} of {checkpoint.directory}; name another dense_reference or none."
         )
-    for batch in batches:
+    batches = [make_batches(text.sequences, batch_tokens) for text in texts]
+    for batch in itertools.chain(*batches):
         batch.tokens = batch.tokens.to(device)
     for run in filter(None, (stream, dense)):
-        run.begin([batch.ids for batch in batches])
-    descriptions, tensors = [], {}
+        run.begin([batch.ids for batch in itertools.chain(*batches)])
+    records = [Record() for _ in texts]
     for index in range(len(stream)):
         paired = dense is not None and index < len(dense)
         with stream.layer(index) as layer, dense.layer(index) if paired else contextlib.nullcontext() as dense_layer:
-            ffn = dense_ffn(dense_layer) if paired else None
-            probes = []
-            for site in find_sites(layer):
-                compared = site.name == "ffn" and ffn is not None
-                probes.append(SiteProbe(site, index, total, ffn if compared else None, has_own=compared))
-            with contextlib.ExitStack() as stack:
+            first = 0
+            for text, own, record in zip(texts, batches, records, strict=True):
+                probes = _observe(stream, dense if paired else None, index, layer, dense_layer, text, own, first)
+                first += len(own)
                 for probe in probes:
-                    stack.enter_context(probe.site.observed(probe))
-                for number, batch in enumerate(batches):
-                    with _output_of(ffn) as own:
-                        if paired:
-                            dense.step(number)
-                    for probe in probes:
-                        probe.start(batch, own[0] if own and probe.has_own else None)
-                    stream.step(number)
+                    record.sites.append(probe.description())
+                    prefix = f"layer_{index}.{probe.site.name}"
+                    record.tensors |= {f"{prefix}.{name}": array for name, array in probe.arrays().items()}
+            on_layer(index, layer, dense_layer)
+    return records
+
+
+def _observe(
+    stream: LayerStream,
+    dense: LayerStream | None,
+    index: int,
+    layer: nn.Module,
+    dense_layer: nn.Module | None,
+    text: Text,
+    batches: list[Batch],
+    first: int,
+) -> list[SiteProbe]:
+    """Send one text's batches, number `first` and on of the stream, through the layer in memory."""
+    total = sum(map(len, text.sequences)) if text.keep_tokens else 0
+    ffn = dense_ffn(dense_layer) if dense is not None else None
+    probes = []
+    for site in find_sites(layer):
+        compared = site.name == "ffn" and ffn is not None
+        probes.append(SiteProbe(site, index, total, ffn if compared else None, has_own=compared))
+    with contextlib.ExitStack() as stack:
         for probe in probes:
-            descriptions.append(probe.description())
-            prefix = f"layer_{index}.{probe.site.name}"
-            tensors |= {f"{prefix}.{name}": array for name, array in probe.arrays().items()}
-        on_layer(index, len(stream))
-    return descriptions, tensors
+            stack.enter_context(probe.site.observed(probe))
+        for number, batch in enumerate(batches, start=first):
+            with _output_of(ffn) as own:
+                if dense is not None:
+                    dense.step(number)
+            for probe in probes:
+                probe.start(batch, own[0] if own and probe.has_own else None)
+            stream.step(number)
+    return probes

@@ -28,6 +28,11 @@ PAIR = (
 )
 
 
+# Axes of what extraction records of a router's rule, which is named in the table router_rule. Simplest first.
+SCORES = ("softmax", "sigmoid", "sqrt softplus", "identity", "sparsemixer")
+GROUPINGS = ("none", "largest", "two largest")  # what groups of experts are chosen by
+
+
 @dataclass(frozen=True)
 class Table:
     """One table: where it lives, for which corpora, and its columns (name, dtype, meaning)."""
@@ -113,6 +118,25 @@ TABLES: dict[str, Table] = {
             ("rank", INTEGER, "0 is the chosen expert with the largest weight"),
             ("tokens", INTEGER, "tokens that chose this expert at this rank"),
             ("weight_sum", NUMBER, "sum of the weights applied there"),
+        ),
+    ),
+    "router_rule": Table(
+        "behavioral/{corpus}/router_rule.parquet",
+        _LONG,
+        (
+            MODEL,
+            CORPUS,
+            LAYER,
+            SITE,
+            ("score", STRING, "softmax, sigmoid, sqrt softplus, identity or sparsemixer of the logits; any; other"),
+            ("normalised", STRING, "the score's sum is 1 over all experts or chosen experts; none; other: by token"),
+            ("scale", NUMBER, "weight / score, to weight_error; mean over experts; null where it differs by token"),
+            ("scale_spread", NUMBER, "largest scale of an expert / smallest - 1; 0 where all have the same"),
+            ("weight_error", NUMBER, "largest relative difference of the rule's weights from the model's"),
+            ("selection", STRING, "largest logits, largest score + bias, groups, groups + bias or other"),
+            ("selection_agreement", NUMBER, "share of tokens whose experts are chosen so"),
+            ("logit_error", NUMBER, "largest difference of the recorded logits from the router's own"),
+            ("tokens", INTEGER, "tokens the rule was found on"),
         ),
     ),
     "norm_score": Table(

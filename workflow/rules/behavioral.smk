@@ -18,6 +18,8 @@ rule extract_activations:
         "results/logs/extract_activations/{model}/{corpus}.log",
     benchmark:
         "results/benchmarks/extract_activations/{model}/{corpus}.tsv"
+    wildcard_constraints:
+        model=one_of(models_where(lambda row: row.keep)),
     conda:
         "../envs/extraction.yaml"
     threads: model_threads
@@ -51,6 +53,7 @@ rule long_tables:
         load="results/models/{model}/behavioral/{corpus}/load.parquet",
         rank_counts="results/models/{model}/behavioral/{corpus}/rank_counts.parquet",
         output_similarity="results/models/{model}/behavioral/{corpus}/output_similarity.parquet",
+        router_rule="results/models/{model}/behavioral/{corpus}/router_rule.parquet",
     log:
         "results/logs/long_tables/{model}/{corpus}.log",
     benchmark:
@@ -67,7 +70,8 @@ rule long_tables:
         """
         exec >{log:q} 2>&1
         python {input.code[0]:q} --activations {input.activations:q} --tokens {input.tokens:q} \
-            --load {output.load:q} --rank-counts {output.rank_counts:q} --output-similarity {output.output_similarity:q}
+            --load {output.load:q} --rank-counts {output.rank_counts:q} --output-similarity {output.output_similarity:q} \
+            --router-rule {output.router_rule:q}
         """
 
 
@@ -81,6 +85,7 @@ rule short_tables:
         load="results/models/{model}/behavioral/{corpus}/load.parquet",
         rank_counts="results/models/{model}/behavioral/{corpus}/rank_counts.parquet",
         output_similarity="results/models/{model}/behavioral/{corpus}/output_similarity.parquet",
+        router_rule="results/models/{model}/behavioral/{corpus}/router_rule.parquet",
         routing="results/models/{model}/behavioral/{corpus}/routing.parquet",
         norm_score="results/models/{model}/behavioral/{corpus}/norm_score.parquet",
         output_similarity_tokens="results/models/{model}/behavioral/{corpus}/output_similarity_tokens.parquet",
@@ -101,6 +106,6 @@ rule short_tables:
         exec >{log:q} 2>&1
         python {input.code[0]:q} --activations {input.activations:q} --tokens {input.tokens:q} \
             --load {output.load:q} --rank-counts {output.rank_counts:q} --output-similarity {output.output_similarity:q} \
-            --routing {output.routing:q} --norm-score {output.norm_score:q} \
+            --router-rule {output.router_rule:q} --routing {output.routing:q} --norm-score {output.norm_score:q} \
             --output-similarity-tokens {output.output_similarity_tokens:q}
         """

@@ -8,6 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moe_atlas.errors import AtlasError
+from moe_atlas.tables import GROUPINGS, SCORES
 
 _MEND = "delete it and run the extraction again"
 Arrays = dict[str, np.ndarray]
@@ -26,6 +27,12 @@ def _shapes(entry: dict, kind: str) -> dict[str, tuple[int | None, ...]]:
         "cosine_square": pairs,
         "angular_sum": pairs,
         "angular_square": pairs,
+        "rule_ratio": (2, len(SCORES), experts, 2),
+        "rule_spread": (len(SCORES),),
+        "rule_weight_sum": (2,),
+        "rule_selection": (len(SCORES) - 1, 2, len(GROUPINGS)),
+        "rule_epsilon": (1,),
+        "rule_logit_error": (1,),
     }
     if kind == "short":
         shapes |= {

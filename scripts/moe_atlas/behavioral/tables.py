@@ -13,6 +13,7 @@ import polars as pl
 
 from moe_atlas import tables
 from moe_atlas.behavioral.activations import Activations, Arrays
+from moe_atlas.behavioral.router_rule import router_rule
 from moe_atlas.errors import AtlasError
 
 
@@ -142,6 +143,7 @@ FROM_SUMS: dict[str, Callable[[Arrays, list[str]], pl.DataFrame]] = {
     "load": load,
     "rank_counts": rank_counts,
     "output_similarity": output_similarity,
+    "router_rule": router_rule,
 }
 FROM_TOKENS: dict[str, Callable[[Arrays, list[str], pl.DataFrame], pl.DataFrame]] = {
     "routing": routing,
