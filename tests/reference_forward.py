@@ -48,6 +48,10 @@ def gelu(x):
     return 0.5 * x * (1 + torch.erf(x / 2**0.5))
 
 
+def tanh_gelu(x):
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
 def ffn(x, weights, prefix, names, activation):
     act, up, down = (weights[f"{prefix}.{name}.weight"] for name in names)
     return (activation(x @ act.T) * (x @ up.T)) @ down.T
@@ -89,7 +93,7 @@ def reference_deepseek(ids, weights, config):
     return norm(x, weights["model.norm.weight"], eps) @ weights["lm_head.weight"].T
 
 
-def reference_grok(ids, weights, config):
+def reference_grok(ids, weights, config, activation=gelu):
     """Logits (T, V) of one sequence, as the Hub's port of Grok-1 defines them."""
     embedding, eps = weights["model.embed_tokens.weight"], config.rms_norm_eps
     x = embedding[ids] * config.embedding_multiplier_scale
@@ -104,7 +108,7 @@ def reference_grok(ids, weights, config):
             weights[f"{at}.moe_block.gate.weight"],
             config.num_experts_per_tok,
             lambda e, token, at=at: ffn(
-                token, weights, f"{at}.moe_block.experts.{e}", ("linear", "linear_v", "linear_1"), gelu
+                token, weights, f"{at}.moe_block.experts.{e}", ("linear", "linear_v", "linear_1"), activation
             ),
         )
         x = x + norm(h, weights[f"{at}.post_moe_norm.scale"], eps)

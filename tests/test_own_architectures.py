@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_forward import reference_deepseek, reference_grok
+from reference_forward import reference_deepseek, reference_grok, tanh_gelu
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -20,7 +20,9 @@ from moe_atlas.architectures.config import read_config
 from moe_atlas.architectures.deepseek import DeepseekTopKRouter
 from moe_atlas.architectures.grok import Grok1TopKRouter
 from moe_atlas.architectures.internals import make_buffers
+from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
+from moe_atlas.stream import LayerStream
 
 register()
 
@@ -63,6 +65,75 @@ def test_logits_are_those_of_the_definition(name, tmp_path):
     expected = torch.stack([reference(ids, weights, model.config) for ids in TOKENS])
     with torch.no_grad():
         torch.testing.assert_close(model(TOKENS).logits, expected, rtol=0, atol=1e-10)
+
+
+# A layer of the other port of Grok-1, by its names and by those of the definition.
+OTHER_NAMES = {
+    "rms_norm.weight": "pre_attn_norm.scale",
+    "rms_norm_1.weight": "post_attn_norm.scale",
+    "rms_norm_2.weight": "pre_moe_norm.scale",
+    "rms_norm_3.weight": "post_moe_norm.scale",
+    "multi_head_attention.query.weight": "attn.q_proj.weight",
+    "multi_head_attention.key.weight": "attn.k_proj.weight",
+    "multi_head_attention.value.weight": "attn.v_proj.weight",
+    "multi_head_attention.linear.weight": "attn.o_proj.weight",
+    "router.weight": "moe_block.gate.weight",
+} | {
+    f"moe.{expert}.{name}.weight": f"moe_block.experts.{expert}.{name}.weight"
+    for expert in range(6)
+    for name in ("linear", "linear_v", "linear_1")
+}
+
+
+@pytest.mark.parametrize("model_type", ["grok", None])
+def test_the_other_port_of_grok_gives_the_logits_of_the_definition(tmp_path, model_type):
+    """Files of that port written by hand: its names, .bin shards, no LM head, its config's keys, the tanh GELU."""
+    generator, shapes = torch.Generator().manual_seed(3), {}
+    wide, narrow, inner = SIZES["hidden_size"], 12, 16
+    for name in OTHER_NAMES:
+        rows, columns = narrow if name.split(".")[1] in ("key", "value") else wide, wide
+        if name.startswith("router"):
+            rows = 6
+        elif name.startswith("moe"):
+            rows, columns = (wide, inner) if name.endswith("linear_1.weight") else (inner, wide)
+        for layer in range(3):
+            shapes[f"transformer.decoder_layer.{layer}.{name}"] = (rows,) if "rms" in name else (rows, columns)
+    shapes |= {"transformer.in_out_embed.weight": (40, wide), "transformer.rms_norm.weight": (wide,)}
+    tensors = {
+        name: 1 + 0.2 * torch.randn(shape, generator=generator)
+        if len(shape) == 1
+        else 0.4 * torch.randn(shape, generator=generator)
+        for name, shape in shapes.items()
+    }
+    shards = {f"pytorch_model-{i + 1:05}-of-00003.bin": list(tensors)[i::3] for i in range(3)}
+    for file, names in shards.items():
+        torch.save({name: tensors[name] for name in names}, tmp_path / file)
+    index = {name: file for file, names in shards.items() for name in names}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    values = {key: value for key, value in CONFIGS["grok-1"].items() if key not in ("num_experts", "max_attn_value")}
+    values |= {"num_local_experts": 6, "rope_theta": 10000.0, "sliding_window": None, "hidden_act": "gelu_new"}
+    values |= {"model_type": model_type} if model_type else {}
+    write_config(tmp_path, architectures=["GrokForCausalLM"], **values)
+
+    stream = LayerStream(Checkpoint(tmp_path))
+    stream.begin([TOKENS])
+    for layer in range(len(stream)):
+        with stream.layer(layer):
+            stream.step(0)
+    assert stream.config.max_attn_value == 30 and stream.config.num_experts == 6
+    weights = {
+        "model.embed_tokens.weight": tensors["transformer.in_out_embed.weight"],
+        "model.norm.scale": tensors["transformer.rms_norm.weight"],
+    } | {
+        f"model.layers.{layer}.{ours}": tensors[f"transformer.decoder_layer.{layer}.{theirs}"]
+        for layer in range(3)
+        for theirs, ours in OTHER_NAMES.items()
+    }
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    expected = torch.stack([reference_grok(ids, weights, stream.config, tanh_gelu) for ids in TOKENS])
+    torch.testing.assert_close(stream.logits(0), expected.float(), rtol=0, atol=2e-5)
+    other = torch.stack([reference_grok(ids, weights, stream.config) for ids in TOKENS])
+    assert (other - expected).abs().max() > 1e-3  # the two GELUs can be told apart here
 
 
 ROUTERS = (DeepseekTopKRouter, Grok1TopKRouter)

@@ -1,10 +1,11 @@
 """A forward pass with one decoder layer of the checkpoint in memory at a time.
 
 The model is built on the meta device. Its forward runs twice per batch with the decoder layers taken
-out: once to record what each layer is called with (masks, positions, the embedded tokens), once, if
-logits are wanted, to hand the last hidden states to the final norm and the head. In between, layer
-after layer gets its tensors, sees all batches, and gives its memory back, so one pass reads each byte
-of the checkpoint once and memory holds one layer, the one being read ahead, and the hidden states.
+out: once up to the last layer, to record what each layer is called with (masks, positions, the embedded
+tokens), once, if logits are wanted, to hand the last hidden states to the final norm and the head. In
+between, layer after layer gets its tensors, sees all batches, and gives its memory back. What lies outside
+the layers is read when it is first called. So one pass reads each byte of the checkpoint once, in about the
+order of its files, and memory holds one layer, the one being read ahead, and the hidden states.
 """
 
 import contextlib
@@ -19,23 +20,23 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from moe_atlas import architectures
-from moe_atlas.architectures import internals
+from moe_atlas.architectures import internals, quantised
 from moe_atlas.architectures.config import read_config
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError, first_line
 from moe_atlas.memory import return_large_blocks
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_LAYER_LISTS = ("layers", "blocks")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def run_dtype(name: str, config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The precision a model runs in: `auto` is the config's, else that of the checkpoint's largest tensor."""
+    """The precision a model runs in: `auto` is the config's, else the checkpoint's."""
     if name != "auto":
         return DTYPES[name]
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    return max(checkpoint.tensors.values(), key=lambda info: info.stop - info.start).dtype
+    return checkpoint.dtype
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -53,15 +54,27 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> nn
     return model.eval().requires_grad_(False)
 
 
+def decoder(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that holds its decoder layers."""
+    found = model.get_decoder()
+    # Llama 4's causal model takes itself for its decoder.
+    return getattr(model, "model", model) if found is model else found
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers of a causal language model."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+    lists = [getattr(decoder(model), name, None) for name in _LAYER_LISTS]
+    layers = next((found for found in lists if isinstance(found, nn.ModuleList)), None)
+    if layers is None:
         raise AtlasError(
-            f"{type(model).__name__}: its decoder has no list called layers, so it cannot be read layer by layer; "
-            'see "add an architecture" in CONTRIBUTING.md.'
+            f"{type(model).__name__}: its decoder has no list called {' or '.join(_LAYER_LISTS)}, so it cannot be read "
+            'layer by layer; see "add an architecture" in CONTRIBUTING.md.'
         )
     return layers
+
+
+class _LayersReached(Exception):
+    """Ends a forward pass that is run only to see what the layers are called with."""
 
 
 @dataclass
@@ -71,6 +84,7 @@ class _Batch:
     input_ids: torch.Tensor  # (b, t)
     hidden: torch.Tensor | None = None  # (b, t, d), input of the next layer
     calls: list[tuple[tuple, dict]] = field(default_factory=list)  # what each layer is called with
+    stand_in: torch.Tensor | None = None  # what a layer seems to return while the calls are recorded
 
 
 class LayerStream:
@@ -95,16 +109,17 @@ class LayerStream:
         self.config = read_config(checkpoint.directory)
         self.model = skeleton(self.config, run_dtype(dtype, self.config, checkpoint))
         self.layers = decoder_layers(self.model)
+        self._module_of = {module: path for path, module in self.model.named_modules()}
         self._mapping = internals.weight_mapping(self.model)
-        self._names: dict[int | None, list[str]] = defaultdict(list)
-        for name in checkpoint.tensors:
-            match = _LAYER.search(name)
-            self._names[int(match[1]) if match else None].append(name)
+        self._target_of = internals.target_names(self.model, self._mapping, checkpoint.names)
+        self._names = self._names_by_layer()
+        checkpoint.expect([self._names[index] for index in range(len(self.layers))])
+        for module in self._outside_the_layers():
+            module.register_forward_pre_hook(lambda module, _args: self._fill(module))
         self._current = -1
         self._ahead: tuple[int, Future] | None = None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._batches: list[_Batch] = []
-        self._module_of = {module: path for path, module in self.model.named_modules()}
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -112,6 +127,7 @@ class LayerStream:
     def _load(self, tensors: dict[str, torch.Tensor], modules: list[nn.Module]) -> None:
         """Put tensors into the model; every parameter of `modules` must then be there."""
         try:
+            quantised.dequantise(tensors, self.config, self.model.dtype)
             internals.load_tensors(self.model, self._mapping, tensors, self.device)
         except ValueError as error:
             raise AtlasError(
@@ -126,18 +142,32 @@ class LayerStream:
                         f"{self.checkpoint.directory}: the weights hold nothing for {path}; fetch the checkpoint again."
                     )
 
-    def _outer(self, head: bool) -> None:
-        """Load what lies outside the decoder layers: the head, or everything else."""
-        output = self.model.get_output_embeddings()
-        prefix = self._module_of[output] + "."
-        names = [name for name in self._names[None] if name.startswith(prefix) == head]
-        tensors = self.checkpoint.read_all(names)
-        if not head:
-            self._load(tensors, [module for module in self.model.get_decoder().children() if module is not self.layers])
-        elif self.config.tie_word_embeddings:
-            output.weight = self.model.get_input_embeddings().weight
-        else:
-            self._load(tensors, [output])
+    def _names_by_layer(self) -> dict[int, list[str]]:
+        """Layer index -> names of its tensors in the checkpoint."""
+        layer = re.compile(re.escape(self._module_of[self.layers]) + r"\.(\d+)\.")
+        names: dict[int, list[str]] = defaultdict(list)
+        for name, target in self._target_of.items():
+            if match := layer.match(target):
+                names[int(match[1])].append(name)
+        return names
+
+    def _outside_the_layers(self) -> list[nn.Module]:
+        """The decoder's other children and the head, where they have weights."""
+        modules = [module for module in decoder(self.model).children() if module is not self.layers]
+        return [module for module in (*modules, self.model.get_output_embeddings()) if list(module.parameters())]
+
+    def _fill(self, module: nn.Module) -> None:
+        """Give a module outside the layers its weights, which it then keeps."""
+        if not any(parameter.is_meta for parameter in module.parameters()):
+            return
+        prefix = self._module_of[module] + "."
+        names = [name for name, target in self._target_of.items() if target.startswith(prefix)]
+        # A head that is stored is not the embeddings, whatever the config says of it.
+        stored = f"{prefix}weight" in self._target_of.values()
+        tied = getattr(self.model.config, "tie_word_embeddings", False)
+        if module is self.model.get_output_embeddings() and tied and not stored:
+            module.weight = self.model.get_input_embeddings().weight
+        self._load(self.checkpoint.read_all(names), [module])
 
     @contextlib.contextmanager
     def _without_layers(self, call) -> Iterator[None]:
@@ -150,21 +180,47 @@ class LayerStream:
             for layer in self.layers:
                 del layer.forward
 
+    def _fill_decoder(self) -> None:
+        """Give the decoder the weights that it holds itself, outside its children."""
+        module = decoder(self.model)
+        wanted = {f"{self._module_of[module]}.{name}" for name, own in module._parameters.items() if own is not None}
+        self._load(self.checkpoint.read_all([name for name, to in self._target_of.items() if to in wanted]), [])
+
     @torch.no_grad()
     def begin(self, batches: list[torch.Tensor]) -> None:
         """Embed the batches and record what each layer will be called with."""
-        self._outer(head=False)
         self._batches = [_Batch(ids.to(self.device)) for ids in batches]
+        # Some decoders look at the embeddings' weight before they call the module.
+        self._fill(self.model.get_input_embeddings())
+        self._fill_decoder()
         for batch in self._batches:
 
             def record(index, hidden, *args, _batch=batch, **kwargs):
-                _batch.hidden = hidden
+                if index == 0:
+                    # Layers are stood in for by NaN: what depends on them shows.
+                    _batch.hidden, _batch.stand_in = hidden, torch.full_like(hidden, torch.nan)
+                elif hidden is not _batch.stand_in or _holds_nan(args, kwargs):
+                    raise self._entangled()
                 _batch.calls.append((args, kwargs))
-                return hidden
+                if index == len(self) - 1:
+                    raise _LayersReached
+                return _batch.stand_in
 
-            with self._without_layers(record):
-                self.model.get_decoder()(input_ids=batch.input_ids, use_cache=False)
+            try:
+                with self._without_layers(record), contextlib.suppress(_LayersReached):
+                    decoder(self.model)(input_ids=batch.input_ids, use_cache=False)
+            except (TypeError, ValueError):  # the decoder takes apart what a layer returns
+                if not batch.calls:
+                    raise
+                raise self._entangled() from None
+            batch.stand_in = None
         self._read_ahead(0)
+
+    def _entangled(self) -> AtlasError:
+        return AtlasError(
+            f"{type(self.model).__name__}: its decoder layers hand on more than hidden states, so it cannot be read "
+            'layer by layer; see "add an architecture" in CONTRIBUTING.md.'
+        )
 
     def _read_ahead(self, index: int) -> None:
         self._ahead = None
@@ -196,17 +252,40 @@ class LayerStream:
         """Send one batch through the layer in memory; hidden states (b, t, d) after it."""
         state = self._batches[batch]
         args, kwargs = state.calls[self._current]
-        state.hidden = self.layers[self._current](state.hidden, *args, **kwargs)
-        return state.hidden
+        hidden = self.layers[self._current](state.hidden, *args, **kwargs)
+        if not isinstance(hidden, torch.Tensor):
+            raise self._entangled()
+        state.hidden = hidden
+        return hidden
 
     @torch.no_grad()
     def logits(self, batch: int) -> torch.Tensor:
         """Logits (b, t, vocabulary) of one batch after all layers."""
-        if self.model.get_output_embeddings().weight.is_meta:
-            self._outer(head=True)
         state = self._batches[batch]
-        with self._without_layers(lambda index, *args, **kwargs: state.hidden):
-            return self.model(input_ids=state.input_ids, use_cache=False).logits
+        stand_in = torch.full_like(state.hidden, torch.nan)
+
+        def last(index, *_args, **_kwargs):
+            return state.hidden if index == len(self) - 1 else stand_in
+
+        with self._without_layers(last):
+            logits = self.model(input_ids=state.input_ids, use_cache=False).logits
+        if _holds_nan(logits):
+            raise self._entangled()
+        return logits
+
+
+def _holds_nan(*values) -> bool:
+    """Whether a tensor among nested arguments holds a NaN."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.is_floating_point() and bool(value.isnan().any()):
+                return True
+        elif isinstance(value, dict):
+            if _holds_nan(*value.values()):
+                return True
+        elif isinstance(value, tuple | list) and _holds_nan(*value):
+            return True
+    return False
 
 
 def _free(layer: nn.Module) -> None:

@@ -5,11 +5,11 @@ Importing this package imports neither torch nor transformers.
 
 
 def register() -> None:
-    """Make the Auto classes of transformers know "deepseek" (DeepSeekMoE v1) and "grok-1".
+    """Make the Auto classes of transformers know "deepseek" (DeepSeekMoE v1), "grok-1" and "grok" (two ports of one).
 
     Calling it twice changes nothing.
     """
-    from moe_atlas.architectures import deepseek, grok
+    from moe_atlas.architectures import deepseek, grok, grok_keyfan
 
-    deepseek.register()
-    grok.register()
+    for family in (deepseek, grok, grok_keyfan):
+        family.register()

@@ -8,15 +8,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moe_atlas.architectures import register
-from moe_atlas.architectures.deepseek import MODEL_TYPE as DEEPSEEK
+from moe_atlas.architectures import quantised, register
 from moe_atlas.architectures.deepseek import DeepseekForCausalLM
-from moe_atlas.architectures.grok import MODEL_TYPE as GROK
 from moe_atlas.architectures.grok import Grok1ModelForCausalLM
+from moe_atlas.architectures.grok_keyfan import GrokForCausalLM
 from moe_atlas.errors import AtlasError
 from moe_atlas.files import read_json
 
-OWN_CLASSES = {DeepseekForCausalLM.__name__: DEEPSEEK, Grok1ModelForCausalLM.__name__: GROK}
+_OWN_CLASSES = (DeepseekForCausalLM, Grok1ModelForCausalLM, GrokForCausalLM)
 
 
 def read_config(directory: str | os.PathLike) -> PreTrainedConfig:
@@ -24,7 +23,7 @@ def read_config(directory: str | os.PathLike) -> PreTrainedConfig:
 
     The class is found by `model_type` or, where the file has none (Grok-1), by `architectures`. `auto_map`, which
     names code to download, is ignored. AtlasError when there is no config.json, no class for it, or a value that
-    the class refuses.
+    the class refuses, and for weights quantised in a way that is not read.
     """
     register()
     path = Path(directory) / "config.json"
@@ -48,6 +47,11 @@ def read_config(directory: str | os.PathLike) -> PreTrainedConfig:
         ) from error
     if hasattr(config, "auto_map"):
         del config.auto_map
+    if name := quantised.unreadable(config):
+        raise AtlasError(
+            f"{path}: the weights are quantised by {name!r}, and only MXFP4 and block-wise FP8 are read; "
+            "name a repository or revision with plain weights."
+        )
     return config
 
 
@@ -56,5 +60,5 @@ def _model_type_of_class(architectures: list[str]) -> str | None:
     known = {
         name: model_type for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if isinstance(name, str)
     }
-    known |= OWN_CLASSES
+    known |= {own.__name__: own.config_class.model_type for own in _OWN_CLASSES}
     return next((known[name] for name in architectures if name in known), None)

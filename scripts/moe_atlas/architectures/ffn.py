@@ -1,16 +1,21 @@
 """Dense and shared feed-forward networks under the names the families give them."""
 
+import torch
 from torch import nn
 
 from moe_atlas.architectures.bank import FFN
 
 # (up, act, down) as attributes of the module that holds them.
-_NAMES = (("up_proj", "gate_proj", "down_proj"), ("w3", "w1", "w2"))
+_GATED = (("up_proj", "gate_proj", "down_proj"), ("w3", "w1", "w2"))
+# (act and up as one map, act's rows first; down).
+_FUSED = (("input_linear", "output_linear"), ("gate_up_proj", "down_proj"))
+# (up, down) of an FFN without a gate branch.
+_PLAIN = (("up_proj", "down_proj"),)
 
 
 def _maps(module: nn.Module) -> list[nn.Linear]:
-    """The linear maps (up, act, down) of a module that is one gated FFN; none of any other."""
-    for names in _NAMES:
+    """The linear maps of a module that is one FFN: up, act, down; or act and up in one, down; or up, down."""
+    for names in (*_GATED, *_FUSED, *_PLAIN):
         maps = [getattr(module, name, None) for name in names]
         if all(isinstance(linear, nn.Linear) for linear in maps):
             return maps
@@ -18,13 +23,25 @@ def _maps(module: nn.Module) -> list[nn.Linear]:
 
 
 def is_ffn(module: nn.Module) -> bool:
-    """Whether the module is one gated FFN made of three linear maps."""
+    """Whether the module is one FFN made of linear maps."""
     return bool(_maps(module))
 
 
+def input_width(module: nn.Module) -> int:
+    """Width d of the inputs of a module for which is_ffn holds."""
+    return _maps(module)[0].in_features
+
+
 def ffn_view(module: nn.Module) -> FFN:
-    """The weights of a module for which is_ffn holds: up (m, d), act (m, d), down (d, m)."""
-    return FFN(*(linear.weight.detach() for linear in _maps(module)))
+    """The weights of a module for which is_ffn holds: up (m, d), act (m, d) or None, down (d, m)."""
+    maps = [linear.weight.detach() for linear in _maps(module)]
+    if len(maps) == 3:
+        return FFN(*maps)
+    first, down = maps
+    if first.shape[0] == down.shape[1]:
+        return FFN(first, None, down)
+    act, up = torch.chunk(first, 2)
+    return FFN(up, act, down)
 
 
 def dense_ffn(layer: nn.Module) -> nn.Module | None:

@@ -232,22 +232,26 @@ class Grok1ModelForCausalLM(Grok1PreTrainedModel, LlamaForCausalLM):
         self.post_init()
 
 
+def merged_experts(experts: str) -> list[WeightConverter]:
+    """How the files' matrices, three an expert below a module called `experts`, become those of Grok1Experts."""
+    target = ".moe_block.experts"
+    return [
+        WeightConverter(
+            source_patterns=[f"{experts}.*.linear.weight", f"{experts}.*.linear_v.weight"],
+            target_patterns=f"{target}.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns=f"{experts}.*.linear_1.weight",
+            target_patterns=f"{target}.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ]
+
+
 def register() -> None:
     """Register the classes with the Auto classes, and the Hub's tensor names, one matrix an expert."""
     AutoConfig.register(MODEL_TYPE, Grok1Config, exist_ok=True)
     AutoModel.register(Grok1Config, Grok1Model, exist_ok=True)
     AutoModelForCausalLM.register(Grok1Config, Grok1ModelForCausalLM, exist_ok=True)
-    experts = "moe_block.experts"
-    mapping = [
-        WeightConverter(
-            source_patterns=[f"{experts}.*.linear.weight", f"{experts}.*.linear_v.weight"],
-            target_patterns=f"{experts}.gate_up_proj",
-            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
-        ),
-        WeightConverter(
-            source_patterns=f"{experts}.*.linear_1.weight",
-            target_patterns=f"{experts}.down_proj",
-            operations=[MergeModulelist(dim=0)],
-        ),
-    ]
-    register_checkpoint_conversion_mapping(MODEL_TYPE, mapping, overwrite=True)
+    register_checkpoint_conversion_mapping(MODEL_TYPE, merged_experts(".moe_block.experts"), overwrite=True)

@@ -5,13 +5,18 @@ the fully loaded model's for every family, so a release that moves one of these 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
@@ -69,7 +74,9 @@ def load_tensors(
     Returns the names of those that have no place in the model.
     """
     logging.disable_progress_bar()
-    config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype=model.dtype)
+    # The plan keeps in float32 what the family must have in it, such as a router's correction bias.
+    plan = model._get_dtype_plan(model.dtype)
+    config = LoadStateDictConfig(weight_mapping=mapping, device_map={"": device}, dtype=model.dtype, dtype_plan=plan)
     info, _ = convert_and_load_state_dict_in_model(model, tensors, config, None)
     for problems in (info.mismatched_keys, info.conversion_errors, info.error_msgs):
         if problems:
@@ -80,3 +87,17 @@ def load_tensors(
 def weight_mapping(model: PreTrainedModel) -> list:
     """How checkpoint tensor names become the model's parameters."""
     return get_model_conversion_mapping(model)
+
+
+def target_names(model: PreTrainedModel, mapping: list, names: Iterable[str]) -> dict[str, str]:
+    """Checkpoint tensor name -> name of the model's parameter that it becomes a part of."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    targets = {}
+    for name in names:
+        targets[name] = rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0]
+        # A name that is the model's own already may still fit a pattern that is meant for another tensor.
+        if targets[name] not in known and name in known:
+            targets[name] = name
+    return targets

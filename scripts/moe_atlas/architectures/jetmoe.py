@@ -22,7 +22,8 @@ class _JetMoeSite(ExpertSite):
     """What both kinds of JetMoE experts have in common: the router and two stacks of linear maps."""
 
     def __init__(self, module: nn.Module, experts: nn.Module):
-        self.module, self.experts = module, experts
+        self.module = self.block = module
+        self.experts = experts
         self.router = experts.router.layer
         self.top_k = experts.router.top_k
         self.first, self.second = experts.input_linear, experts.output_linear
@@ -44,7 +45,7 @@ class _JetMoeSite(ExpertSite):
         return torch.bmm(inner.transpose(0, 1), self.second.weight.transpose(1, 2))
 
     @contextlib.contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
+    def _attached(self, observer: Observer) -> Iterator[None]:
         self.module.forward = lambda *args, **kwargs: self.forward(observer, *args, **kwargs)
         try:
             yield
@@ -71,7 +72,7 @@ class JetMoeFFNSite(_JetMoeSite):
 
     def bank(self) -> ExpertBank:
         act, up = self.first.weight.chunk(2, dim=1)
-        return ExpertBank(up, act, self.second.weight, self.router.weight)
+        return ExpertBank(up, act, self.second.weight, self.router_weight)
 
 
 class JetMoeAttentionSite(_JetMoeSite):

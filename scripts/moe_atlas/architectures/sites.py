@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from moe_atlas.architectures import internals
+from moe_atlas.architectures import routers
 from moe_atlas.architectures.bank import ExpertBank
-from moe_atlas.architectures.ffn import ffn_view, is_ffn
 from moe_atlas.errors import AtlasError
 
 # Numbers that evaluating all experts on one chunk of tokens may hold at a time (256 MiB in float32).
@@ -42,34 +41,67 @@ class Observer(Protocol):
         """Take one chunk of c tokens.
 
         tokens (c,) their indices; inputs (c, d) what the experts see; logits (c, N) float32 of the
-        router; ids (c, k) and weights (c, k) as the model applies them, an id of N is an empty slot;
-        outputs (N, c, d) of every expert, before the weight.
+        router, on what the router sees; ids (c, k) and weights (c, k) as the model applies them, an id
+        of N is an empty slot; outputs (N, c, d) of every expert, before the weight.
         """
 
 
 class ExpertSite(ABC):
     """One router and its experts. Subclasses say how the experts are evaluated and how they are attached to.
 
-    Attributes: name ("ffn" or "attention"), num_experts, shared (module of the shared expert or None).
+    Attributes: name ("ffn" or "attention"); num_experts; block, the module that holds router and experts; router,
+    the module with the weight (R, r) that makes the logits, of which the first N of R rows are the experts'; shared,
+    the module of the shared expert or None, which gives its output before any gate of its own. While the site is
+    observed, own_logits (T, N) are the router's own, in the dtype it computes them in, or None if it gives none.
     """
 
     name = "ffn"
     shared: nn.Module | None = None
+    own_logits: torch.Tensor | None = None
     num_experts: int
+    block: nn.Module
+    router: nn.Module
+    _call: tuple | None = None  # inputs (T, r) and output of the router's last call
+
+    @property
+    def router_weight(self) -> torch.Tensor:
+        """The experts' rows (N, r) of the router; r is d unless the router has a width of its own."""
+        return self.router.weight[: self.num_experts]
 
     def logits(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Router logits (T, N) in float32 of the inputs (T, d): W x + b, before any scoring rule."""
-        router = self.router
-        bias = getattr(router, "bias", None)
-        return functional.linear(inputs.float(), router.weight.float(), None if bias is None else bias.float())
+        """Router logits (T, N) in float32 of router inputs (T, r): W x + b, before any scoring rule."""
+        bias = getattr(self.router, "bias", None)
+        bias = None if bias is None else bias[: self.num_experts].float()
+        return functional.linear(inputs.float(), self.router_weight.float(), bias)
+
+    def choice(self) -> routers.Choice:
+        """What the router uses besides its logits."""
+        return routers.choice(self.block, self.router, self.num_experts)
 
     def bank(self) -> ExpertBank:
         """The weights of the site as an ExpertBank."""
         raise AtlasError(f"the weights of {self.name} experts have no view of up, act and down.")
 
     @abstractmethod
-    def observed(self, observer: Observer) -> AbstractContextManager[None]:
+    def _attached(self, observer: Observer) -> AbstractContextManager[None]:
+        """Let the experts be computed by `_mixture` while the block runs."""
+
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
         """Let `observer` see every call of the site while the block runs."""
+
+        # Norms and projections may lie between the experts' input and the router's, so the router is watched itself.
+        def remember(_router, args, kwargs, output):
+            called_with = args[0] if args else next(iter(kwargs.values()))
+            self._call = called_with.reshape(-1, called_with.shape[-1]), output
+
+        handle = self.router.register_forward_hook(remember, with_kwargs=True)
+        try:
+            with self._attached(observer):
+                yield
+        finally:
+            handle.remove()
+            self._call = self.own_logits = None
 
     def _mixture(
         self,
@@ -79,17 +111,24 @@ class ExpertSite(ABC):
         weights: torch.Tensor,
         evaluate: Callable[[torch.Tensor], torch.Tensor],
         numbers_per_token: int,
+        combine: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Evaluate all experts in token chunks, show them to the observer, return the mixture (T, d).
 
         `evaluate(tokens)` gives (N, c, d) for indices (c,). Padding gets zeros: nothing attends to it.
+        `combine(tokens)` gives the mixture (c, d) where it is not `mix` of the outputs.
         """
+        # A router that is not called as a module of its own sees what the experts see.
+        routed, output = (inputs, None) if self._call is None else self._call
+        logits = self.logits(routed)
+        self.own_logits = None if output is None else routers.logits_of(output, logits)
+        self._call = None
         mixture = torch.zeros_like(inputs)
         for tokens in observer.tokens().split(max(1, CHUNK_NUMBERS // numbers_per_token)):
             outputs = evaluate(tokens)
-            mixture[tokens] = mix(outputs, ids[tokens], weights[tokens]).to(inputs.dtype)
-            seen = inputs[tokens]
-            observer.record(tokens, seen, self.logits(seen), ids[tokens], weights[tokens], outputs)
+            mixed = mix(outputs, ids[tokens], weights[tokens]) if combine is None else combine(tokens)
+            mixture[tokens] = mixed.to(inputs.dtype)
+            observer.record(tokens, inputs[tokens], logits[tokens], ids[tokens], weights[tokens], outputs)
         return mixture
 
 
@@ -105,88 +144,26 @@ def mix(outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torc
     return (chosen * used[..., None]).sum(1)
 
 
-class InterfaceSite(ExpertSite):
-    """FFN experts that transformers sends through its experts interface: no code a family."""
-
-    def __init__(self, experts: nn.Module, block: nn.Module):
-        self.experts, self.num_experts = experts, experts.num_experts
-        down = experts.down_proj.shape[1:]
-        self.width, self.hidden = down if experts.is_transposed else reversed(down)
-        self.shared = next(
-            (child for name, child in block.named_children() if "shared" in name and is_ffn(child)), None
-        )
-        self.router = self._router(block)
-
-    def _router(self, block: nn.Module) -> nn.Module:
-        """The module of the block whose weight is (N, d)."""
-        for module in block.modules():
-            weight = getattr(module, "weight", None)
-            if isinstance(weight, torch.Tensor) and weight.shape == (self.num_experts, self.hidden):
-                return module
-        raise AtlasError(
-            f"{type(block).__name__}: no router with a weight of shape ({self.num_experts}, {self.hidden}) was found; "
-            'see "add an architecture" in CONTRIBUTING.md.'
-        )
-
-    def _linear(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
-        """Each expert's linear map: inputs (T, i) for all experts or (N, T, i) -> (N, T, o)."""
-        weight = getattr(self.experts, name)
-        weight = weight if self.experts.is_transposed else weight.transpose(1, 2)
-        result = torch.matmul(inputs, weight)
-        return result + getattr(self.experts, f"{name}_bias")[:, None] if self.experts.has_bias else result
-
-    def evaluate(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Outputs (N, T, d) of all experts on inputs (T, d)."""
-        experts = self.experts
-        if experts.has_gate:
-            hidden = experts._apply_gate(self._linear("gate_up_proj", inputs))
-        else:
-            hidden = experts.act_fn(self._linear("up_proj", inputs))
-        outputs = self._linear("down_proj", hidden)
-        return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
-
-    @contextlib.contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
-        numbers = self.num_experts * (3 * self.width + 6 * self.hidden)
-
-        def experts_function(inputs, ids, weights):
-            return self._mixture(observer, inputs, ids, weights, lambda tokens: self.evaluate(inputs[tokens]), numbers)
-
-        with internals.observing(self.experts, experts_function):
-            yield
-
-    def bank(self) -> ExpertBank:
-        experts = self.experts
-        first = experts.gate_up_proj if experts.has_gate else experts.up_proj
-        down = experts.down_proj
-        if experts.is_transposed:
-            first, down = first.transpose(1, 2), down.transpose(1, 2)
-        if not experts.has_gate:
-            act, up = None, first
-        elif experts.is_concatenated:
-            act, up = first.chunk(2, dim=1)
-        else:
-            act, up = first[:, ::2], first[:, 1::2]
-        shared = None if self.shared is None else ffn_view(self.shared)
-        return ExpertBank(up, act, down, self.router.weight, shared)
-
-
 def find_sites(layer: nn.Module) -> list[ExpertSite]:
     """The expert sites of a decoder layer; none for a dense layer.
 
     Raises AtlasError for a layer whose experts are in a layout that is not known.
     """
-    from moe_atlas.architectures import jetmoe  # it builds on ExpertSite
+    from moe_atlas.architectures import dbrx, interface, jetmoe, llama4  # they build on ExpertSite
 
-    sites = jetmoe.find_sites(layer)
-    for path, module in layer.named_modules():
-        if internals.uses_experts_interface(module):
-            sites.append(InterfaceSite(module, layer.get_submodule(path.rpartition(".")[0])))
+    sites = [site for family in (jetmoe, interface, llama4, dbrx) for site in family.find_sites(layer)]
     if not sites:
-        for path, module in layer.named_modules():
-            if path.rpartition(".")[2] == "experts":
-                raise AtlasError(
-                    f"{type(module).__name__}: this layout of experts is not known; "
-                    'see "add an architecture" in CONTRIBUTING.md.'
-                )
+        _refuse_unknown_experts(layer)
     return sites
+
+
+def _refuse_unknown_experts(layer: nn.Module) -> None:
+    """AtlasError that describes the experts of a layer in which no site was found, if it has any."""
+    for path, module in layer.named_modules():
+        several = getattr(module, "num_experts", None)
+        if path.rpartition(".")[2] == "experts" or (isinstance(several, int) and several > 1):
+            shapes = [f"{name} {tuple(parameter.shape)}" for name, parameter in module.named_parameters()]
+            raise AtlasError(
+                f"{type(module).__name__} ({', '.join(shapes[:4]) or 'no weights'}): "
+                'this layout of experts is not known; see "add an architecture" in CONTRIBUTING.md.'
+            )
