@@ -21,13 +21,11 @@ from moe_atlas.hub.file import HubFile
 from moe_atlas.hub.repository import Repository
 from moe_atlas.log import Progress, say, size
 
-WORKERS = (
-    4  # files at a time: what a killed run had of them is lost, since the client completes files only within a run
-)
+# Files at a time: what a killed run had of them is lost, since the client completes a file only within a run.
+WORKERS = 4
 STALE = 3600  # seconds after which a half-fetched file belongs to no running program
 TRIES = 3  # of one shard, where starting the pass again would fetch everything again
 PAUSE = float(os.environ.get("MOE_ATLAS_RETRY_PAUSE", "10"))  # seconds before a second try
-
 
 disable_progress_bars()  # the client's own, which it also draws for looking things up and for small files
 

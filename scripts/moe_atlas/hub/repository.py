@@ -43,10 +43,6 @@ class Repository:
     small: tuple[HubFile, ...]
     shard_of: dict[str, str]
 
-    @property
-    def files(self) -> tuple[HubFile, ...]:
-        return (*self.small, *self.weights)
-
 
 def look_up(name: str, revision: str) -> Repository:
     """Ask the Hub what is in a repository and choose the files to fetch; reads no weights.
