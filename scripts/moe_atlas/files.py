@@ -43,12 +43,10 @@ def read_json(path: str | os.PathLike) -> dict:
         raise AtlasError(f"{path}: this is not valid JSON ({error}); restore the file.") from None
 
 
-def sha256(path: str | os.PathLike, progress=None) -> str:
-    """Hex sha256 of a file, read in 8 MiB blocks. `progress(n_bytes)` is called per block."""
+def sha256(path: str | os.PathLike) -> str:
+    """Hex sha256 of a file, read in 8 MiB blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(8 << 20):
             digest.update(block)
-            if progress is not None:
-                progress(len(block))
     return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +22,12 @@ class HubFile:
         """The file as checkpoint.json lists it."""
         return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256}
 
-    def is_content_of(self, path: Path, progress: Callable[[int], None] | None = None) -> bool:
+    def is_content_of(self, path: Path) -> bool:
         """Whether the file at `path` has the size and the hash that the Hub gives."""
         if path.stat().st_size != self.bytes:
             return False
         if self.sha256 is not None:
-            return sha256(path, progress) == self.sha256
+            return sha256(path) == self.sha256
         content = path.read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == self.blob
 
