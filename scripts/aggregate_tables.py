@@ -8,20 +8,9 @@ from moe_atlas import tables
 from moe_atlas.errors import AtlasError
 from moe_atlas.files import atomic_path
 from moe_atlas.log import run, say
+from moe_atlas.scan import scan
 
 ROWS_PER_GROUP = 1 << 18
-
-
-def scan(name: str, path: str) -> pl.LazyFrame:
-    """One input, unread; its columns are checked from the file's footer."""
-    try:
-        frame = pl.scan_parquet(path)
-        schema = dict(frame.collect_schema())
-    except (FileNotFoundError, pl.exceptions.ComputeError) as error:
-        raise AtlasError(f"{path}: this is not a readable parquet table ({error}); delete it and run again.") from None
-    if schema != tables.TABLES[name].schema or list(schema) != list(tables.TABLES[name].schema):
-        raise AtlasError(f"{path}: these are not the columns of the table {name}; delete it and run again.")
-    return frame
 
 
 def main() -> None:

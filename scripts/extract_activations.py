@@ -1,6 +1,7 @@
 """Send a corpus through a checkpoint layer by layer and keep what its experts did."""
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -22,11 +23,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--activations", required=True, help="activations.safetensors to write")
     parser.add_argument("--tokens", required=True, help="tokens.parquet to write")
+    parser.add_argument("--intermediate", required=True, help="intermediate.safetensors to write; empty if long")
     arguments = parser.parse_args()
 
     checkpoint, manifest = open_checkpoint(arguments.checkpoint)
     reference = open_checkpoint(arguments.dense_reference)[0] if arguments.dense_reference else None
-    corpus = Corpus(arguments.corpus, arguments.kind, arguments.corpus_file, arguments.activations, arguments.tokens)
+    written = arguments.activations, arguments.tokens, arguments.intermediate
+    corpus = Corpus(arguments.corpus, arguments.kind, arguments.corpus_file, *written)
     reader = Reader(checkpoint.directory, reference and reference.directory)
     text = reader.read(corpus)
     say(f"running on {arguments.device}")
@@ -37,6 +40,7 @@ def main() -> None:
         dtype=arguments.dtype,
         reference=reference,
         device=arguments.device,
+        spill_directory=Path(arguments.activations).parent,
         on_layer=lambda *_: progress.step(),
     )
     reader.write(arguments.model, corpus, text, record)

@@ -7,10 +7,10 @@ At most three shards lie on disk at a time; each is checked against the Hub's ha
 import argparse
 from pathlib import Path
 
-import polars as pl
 import torch
 
 from moe_atlas import probe, tables
+from moe_atlas.architectures.view import dense_view, expert_bank
 from moe_atlas.checkpoints.fetched import MAX_SHARDS, FetchedCheckpoint
 from moe_atlas.extraction import Corpus, Reader
 from moe_atlas.files import write_json
@@ -18,7 +18,9 @@ from moe_atlas.hub.download import ShardFolder, fetch
 from moe_atlas.hub.repository import look_up
 from moe_atlas.log import Progress, run, say, size
 from moe_atlas.manifest import describe, open_checkpoint, shape_of
-from moe_atlas.parametric.similarity import layer_similarity
+from moe_atlas.parametric.matching import chosen_layers
+from moe_atlas.parametric.outliers import OutlierRule
+from moe_atlas.parametric.together import WeightStatistics
 
 
 def main() -> None:
@@ -34,11 +36,20 @@ def main() -> None:
         "--corpus",
         action="append",
         required=True,
-        nargs=5,
-        metavar=("NAME", "KIND", "FILE", "ACTIVATIONS", "TOKENS"),
-        help="a corpus: id, short or long, its parquet file, and the two files to write; once for each corpus",
+        nargs=6,
+        metavar=("NAME", "KIND", "FILE", "ACTIVATIONS", "TOKENS", "INTERMEDIATE"),
+        help="a corpus: id, short or long, its parquet file, and the three files to write; once for each corpus",
     )
     parser.add_argument("--similarity", required=True, help="similarity.parquet to write")
+    parser.add_argument("--matching", required=True, help="matching.parquet to write")
+    parser.add_argument("--matching-layers", default="", help="as --layers of neuron_matching.py")
+    parser.add_argument("--matching-max-layers", type=int, default=0, help="as --max-layers of neuron_matching.py")
+    parser.add_argument("--matching-max-pairs", type=int, default=0, help="as --max-pairs of neuron_matching.py")
+    parser.add_argument("--projection-max-neurons", type=int, default=2048, help="as --max-neurons of project_experts")
+    parser.add_argument("--dbscan-eps", type=float, default=OutlierRule.eps, help="as in project_experts.py")
+    parser.add_argument("--dbscan-min-samples", type=int, default=OutlierRule.min_samples, help="as there")
+    parser.add_argument("--projection", required=True, help="projection.parquet to write")
+    parser.add_argument("--explained-variance", required=True, help="explained_variance.parquet to write")
     parser.add_argument("--output", required=True, help="checkpoint.json to write")
     arguments = parser.parse_args()
 
@@ -55,16 +66,28 @@ def main() -> None:
     checkpoint = FetchedCheckpoint(directory, folder.shard_of(), folder)
     wanted = sum(file.bytes for file in repository.weights)
     say(f"{len(repository.weights)} shards, {size(wanted)}, at most {MAX_SHARDS} of them in {arguments.shards}")
-    similar = [tables.empty("similarity")]
+    statistics = WeightStatistics(
+        arguments.model,
+        chosen_layers(shape["moe_layers"], arguments.matching_layers, arguments.matching_max_layers),
+        arguments.matching_max_pairs,
+        arguments.projection_max_neurons,
+        OutlierRule(arguments.dbscan_eps, arguments.dbscan_min_samples),
+    )
     progress = Progress(shape["L"], "layer")
 
     def use(index, layer, dense_layer) -> None:
         if index in shape["moe_layers"]:
-            similar.append(layer_similarity(layer, dense_layer, model=arguments.model, index=index))
+            statistics.add(index, expert_bank(layer), dense_view(dense_layer))
         progress.step(f"{size(checkpoint.bytes_read)} read, {len(checkpoint.fetched)} shards fetched")
 
     records = probe.extract_texts(
-        checkpoint, texts, dtype=arguments.dtype, reference=reference, device=arguments.device, on_layer=use
+        checkpoint,
+        texts,
+        dtype=arguments.dtype,
+        reference=reference,
+        device=arguments.device,
+        spill_directory=arguments.shards,
+        on_layer=use,
     )
     description = describe(
         arguments.model,
@@ -81,7 +104,8 @@ def main() -> None:
     say(f"{len(checkpoint.fetched)} shards fetched, at most {checkpoint.most} on disk at a time")
     for corpus, text, record in zip(corpora, texts, records, strict=True):
         reader.write(arguments.model, corpus, text, record)
-    tables.write("similarity", pl.concat(similar), arguments.similarity)
+    for name, frame in statistics.tables().items():
+        tables.write(name, frame, getattr(arguments, name))
     write_json(arguments.output, description)
 
 

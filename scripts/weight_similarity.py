@@ -1,16 +1,14 @@
 """Compare the experts of every layer by their weights: matrices, mean neurons, router rows."""
 
 import argparse
-import contextlib
-import itertools
 
 import polars as pl
 
 from moe_atlas import tables
+from moe_atlas.layerwise import each_layer
 from moe_atlas.log import Progress, run
 from moe_atlas.manifest import open_checkpoint
-from moe_atlas.parametric.similarity import layer_similarity
-from moe_atlas.stream import LayerStream
+from moe_atlas.parametric.similarity import weight_similarity
 
 
 def main() -> None:
@@ -22,17 +20,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     checkpoint, manifest = open_checkpoint(arguments.checkpoint)
-    stream, dense = LayerStream(checkpoint), None
-    if arguments.dense_reference:
-        dense = LayerStream(open_checkpoint(arguments.dense_reference)[0])
-    frames = [tables.empty("similarity")]
-    indices = manifest["moe_layers"]
-    progress = Progress(len(indices), "layer")
-    for index, following in itertools.pairwise([*indices, len(stream)]):
-        paired = dense is not None and index < len(dense)
-        dense_layer = dense.layer(index, following) if paired else contextlib.nullcontext()
-        with stream.layer(index, following) as layer, dense_layer as reference:
-            frames.append(layer_similarity(layer, reference, model=arguments.model, index=index))
+    reference = open_checkpoint(arguments.dense_reference)[0] if arguments.dense_reference else None
+    progress, frames = Progress(len(manifest["moe_layers"]), "layer"), [tables.empty("similarity")]
+    for index, bank, ffn in each_layer(checkpoint, reference, manifest["moe_layers"]):
+        frames.append(weight_similarity(bank, model=arguments.model, layer=index, reference=ffn))
         progress.step()
     tables.write("similarity", pl.concat(frames), arguments.output)
 

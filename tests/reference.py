@@ -7,7 +7,7 @@ the files by their Hub names, expert inputs from a hook on the fully loaded tran
 import json
 import math
 from collections import defaultdict
-from itertools import combinations_with_replacement
+from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,18 @@ def ffn(weights: tuple[np.ndarray, ...], x: np.ndarray) -> np.ndarray:
     up, act, down = weights
     gate = x @ act.T
     return (gate / (1 + np.exp(-gate)) * (x @ up.T)) @ down.T
+
+
+def activation(weights: tuple[np.ndarray, ...], x: np.ndarray) -> np.ndarray:
+    """silu(act x) for x (T, d)."""
+    gate = x @ weights[1].T
+    return gate / (1 + np.exp(-gate))
+
+
+def mean(values: list[float]) -> float | None:
+    """Mean of the values that are defined, None without any."""
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -153,7 +165,8 @@ class Reference:
     def behavior(self, model: str, corpus: str, sequences: list[list[int]]) -> dict[str, pl.DataFrame]:
         """All behavioral tables of one corpus, plus the number of near ties of norms by layer."""
         routing, norm_score, by_token, pairs = [], [], [], defaultdict(list)
-        load, counts = defaultdict(lambda: [0, 0.0]), defaultdict(float)
+        load, counts = defaultdict(lambda: [0, 0, 0.0]), defaultdict(lambda: [0.0, 0.0])
+        cross, active, measured = defaultdict(lambda: [0.0, 0.0]), defaultdict(list), defaultdict(list)
         self.near_ties = defaultdict(int)
         for sequence, ids in enumerate(sequences):
             inputs = self.ffn_inputs(ids)
@@ -165,15 +178,17 @@ class Reference:
                     outputs["F_same_input"] = outputs.pop("F")
                     outputs["F"] = ffn(weights["F"], dense_inputs[layer])
                 experts = [label for label in outputs if label.isdigit()]
+                states = {label: np.abs(activation(weights[label], x)) for label in experts}
                 logits = x @ self.router(layer).T
                 for position in range(len(ids)):
                     place = (model, corpus, layer, "ffn", sequence, position)
                     probabilities = np.exp(logits[position] - logits[position].max())
                     probabilities /= probabilities.sum()
-                    for rank, (expert, weight) in enumerate(zip(*self.route(probabilities), strict=True)):
+                    chosen, applied = self.route(probabilities)
+                    for rank, (expert, weight) in enumerate(zip(chosen, applied, strict=True)):
                         routing.append((*place, rank, str(expert), weight))
-                        load[layer, str(expert), rank][0] += 1
-                        load[layer, str(expert), rank][1] += weight
+                        entry = load[layer, str(expert), rank]
+                        load[layer, str(expert), rank] = [entry[0] + 1, entry[1] + (position == 0), entry[2] + weight]
                     norms = [math.sqrt(outputs[label][position] @ outputs[label][position]) for label in experts]
                     gaps = [np.diff(np.sort(norms)) / max(norms), np.diff(np.sort(logits[position]))]
                     self.near_ties[layer] += int((np.concatenate(gaps) < 1e-5).sum())
@@ -181,22 +196,64 @@ class Reference:
                     for expert in range(len(experts)):
                         values = (norms[expert], probabilities[expert], ranks[0][expert], ranks[1][expert])
                         norm_score.append((*place, str(expert), *map(float, values)))
-                        counts[layer, int(ranks[1][expert]), int(ranks[0][expert])] += 1
+                        cell = counts[layer, int(ranks[1][expert]), int(ranks[0][expert])]
+                        cell[0], cell[1] = cell[0] + 1, cell[1] + (position == 0)
+                        active[layer, str(expert)].append(states[str(expert)][position])
+                    centred = [rank - (len(experts) - 1) / 2 for rank in ranks]
+                    length = math.sqrt(float((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
+                    largest = (np.argmax(norms), np.argmax(probabilities))
+                    for a, b in np.ndindex(len(experts), len(experts)) if position else ():
+                        cross[layer, str(a), str(b)][0] += float(largest == (a, b))
+                        cross[layer, str(a), str(b)][1] += float(centred[0][a] * centred[1][b]) / length
                     order = [*experts, *(label for label in ("F", "F_same_input", "SE") if label in outputs)]
                     for a, b in combinations_with_replacement(order, 2):
                         value = cosine(outputs[a][position], outputs[b][position])
                         by_token.append((*place, a, b, value))
-                        pairs[layer, a, b].append(value)
+                        pairs[layer, a, b].append((sequence, position, value))
+                    at = {(a, b): pairs[layer, a, b][-1][2] for a, b in combinations_with_replacement(order, 2)}
+                    best = sorted(probabilities, reverse=True)
+                    values = {
+                        "pair_cosine": mean([at[pair] for pair in combinations(experts, 2)]),
+                        "pair_angular": mean([1 - math.acos(at[pair]) / math.pi for pair in combinations(experts, 2)]),
+                        "chosen_pair_cosine": mean([at[str(a), str(b)] for a, b in combinations(sorted(chosen), 2)]),
+                        "norm_score_diagonal": float((ranks[0] == ranks[1]).mean()),
+                        "top_norm_top_score": float(np.argmax(norms) == np.argmax(probabilities)),
+                        "norm_score_spearman": float(stats.spearmanr(norms, probabilities).statistic),
+                        "norm": mean(norms),
+                        "top1_score": float(best[0]),
+                        "top2_score": float(best[1]),
+                        "active": float(np.mean([states[label][position] > 0.001 for label in experts])),
+                    }
+                    names = {"F": "reference", "F_same_input": "reference_same_input", "SE": "shared"}
+                    for label in set(order) - set(experts):
+                        values[f"{names[label]}_cosine"] = mean([at[expert, label] for expert in experts])
+                    for name, value in values.items():
+                        measured[layer, sequence, name + "_first" * (position == 0)].append(value)
         place = ["model", "corpus", "layer", "site"]
         token = [*place, "sequence", "position"]
         mean_rows = []
-        for (layer, a, b), values in pairs.items():
+        for (layer, a, b), found in pairs.items():
+            values = np.array([value for _, _, value in found])
             angles = 1 - np.arccos(np.clip(values, -1, 1)) / np.pi
-            moments = [float(f(v)) for v in (np.array(values), angles) for f in (np.mean, lambda v: np.std(v, ddof=1))]
+            moments = [float(f(v)) for v in (values, angles) for f in (np.mean, lambda v: np.std(v, ddof=1))]
+            content = np.array([position > 0 for _, position, _ in found])
+            moments += [float(values[content].mean()), float(angles[content].mean())]
+            by_document = [mean([v for s, p, v in found if p and s == number]) for number in range(len(sequences))]
+            moments.append(float(np.std([value for value in by_document if value is not None], ddof=1)))
             mean_rows.append((model, corpus, layer, "ffn", a, b, len(values), *moments))
-        means = ["tokens", "cosine_mean", "cosine_sd", "angular_mean", "angular_sd"]
+        ratio_rows = [
+            (model, corpus, layer, "ffn", expert, threshold, float((np.stack(rows) > threshold).mean()), len(rows))
+            for (layer, expert), rows in active.items()
+            for threshold in (0.0, *(0.001 * 2.0**power for power in range(-7, 8)))
+        ]
+        document_rows = [
+            (model, corpus, layer, "ffn", block, name, sum(value is not None for value in values), mean(values))
+            for (layer, block, name), values in measured.items()
+        ]
         load_rows = [(model, corpus, layer, "ffn", *key, *value) for (layer, *key), value in load.items()]
-        count_rows = [(model, corpus, layer, "ffn", *key, value) for (layer, *key), value in counts.items()]
+        count_rows = [(model, corpus, layer, "ffn", *key, *value) for (layer, *key), value in counts.items()]
+        content = sum(len(ids) - 1 for ids in sequences)
+        cross_rows = [(model, corpus, layer, "ffn", *key, *value, content) for (layer, *key), value in cross.items()]
         scores = ["expert", "norm", "score", "norm_rank", "score_rank"]
         total = sum(map(len, sequences))
         normalised = "chosen experts" if self.config["model_type"] == "mixtral" else "all experts"
@@ -205,10 +262,13 @@ class Reference:
         rule_rows = [(model, corpus, layer, "ffn", *rule) for layer in self.layers]
         tables = {
             "routing": (routing, [*token, "rank", "expert", "weight"]),
-            "load": (load_rows, [*place, "expert", "rank", "tokens", "weight_sum"]),
+            "load": (load_rows, [*place, "expert", "rank", *VALUES["load"]]),
             "norm_score": (norm_score, [*token, *scores]),
-            "rank_counts": (count_rows, [*place, "score_rank", "norm_rank", "count"]),
-            "output_similarity": (mean_rows, [*place, "a", "b", *means]),
+            "rank_counts": (count_rows, [*place, "score_rank", "norm_rank", *VALUES["rank_counts"]]),
+            "norm_score_cross": (cross_rows, [*place, "norm_expert", "score_expert", *VALUES["norm_score_cross"]]),
+            "output_similarity": (mean_rows, [*place, "a", "b", *VALUES["output_similarity"]]),
+            "activation_ratio": (ratio_rows, [*place, "expert", "threshold", *VALUES["activation_ratio"]]),
+            "documents": (document_rows, [*place, "block", "measure", *VALUES["documents"]]),
             "router_rule": (rule_rows, [*place, *VALUES["router_rule"]]),
             "output_similarity_tokens": (by_token, [*token, "a", "b", "cosine"]),
         }
@@ -219,9 +279,12 @@ VALUES = {
     "similarity": ["cosine"],
     "regression": ["n_pairs", "r", "r2", "slope", "intercept", "p_value"],
     "routing": ["expert", "weight"],
-    "load": ["tokens", "weight_sum"],
+    "load": ["tokens", "tokens_first", "weight_sum"],
     "norm_score": ["norm", "score", "norm_rank", "score_rank"],
-    "rank_counts": ["count"],
+    "rank_counts": ["count", "count_first"],
+    "norm_score_cross": ["largest_both", "rank_product", "tokens"],
+    "activation_ratio": ["ratio", "tokens"],
+    "documents": ["tokens", "value"],
     "router_rule": [
         "score",
         "normalised",
@@ -232,7 +295,10 @@ VALUES = {
         "selection_agreement",
         "tokens",
     ],
-    "output_similarity": ["tokens", "cosine_mean", "cosine_sd", "angular_mean", "angular_sd"],
+    "output_similarity": [
+        *("tokens", "cosine_mean", "cosine_sd", "angular_mean", "angular_sd"),
+        *("cosine_mean_content", "angular_mean_content", "cosine_sd_documents"),
+    ],
     "output_similarity_tokens": ["cosine"],
 }
 

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,20 @@ import polars as pl
 import pytest
 import torch
 from loops import loop_angular, loop_cosine, loop_rank_counts, normal
+from recorded import all_recorders, arrays_of_chunks, made_up
 from safetensors.torch import save_file
 from scipy.stats import rankdata
 
 from moe_atlas import tables
-from moe_atlas.accumulate import LoadCounts, PairSums, pair_cosines, rank_counts
+from moe_atlas.accumulate import PairSums, pair_cosines
 from moe_atlas.behavioral.activations import Activations
-from moe_atlas.behavioral.tables import average_ranks, layers
+from moe_atlas.behavioral.intermediate import intermediate
+from moe_atlas.behavioral.specialization import specialization
+from moe_atlas.behavioral.tables import FROM_LAYERS, FROM_SUMS, average_ranks, layers
 from moe_atlas.behavioral.write import write_frames
 from moe_atlas.errors import AtlasError
-from moe_atlas.router_rule import RouterRule
+from moe_atlas.tables import DOCUMENT_MEASURES
+from moe_atlas.text_index import TextIndex
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -33,27 +38,24 @@ SITES = [
 TOKENS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 3)]  # sequence, position
 
 
-def record(entry, count, seed):
-    """What extraction records of random outputs; some logits and norms tie, one slot is empty."""
-    experts, top_k, outputs = entry["experts"], entry["top_k"], normal(len(entry["labels"]), count, 6, seed=seed)
-    logits = normal(count, experts, seed=seed + 1)
-    logits[0, 1] = logits[0, 0]
-    weights, ids = logits.softmax(-1).topk(top_k)
-    ids[-1, -1] = -1
-    norms = outputs[:experts].norm(dim=-1).T.contiguous()
-    norms[-1, 2] = norms[-1, 0]
-    cosines, sums, load = pair_cosines(outputs), PairSums(len(outputs)), LoadCounts(experts, top_k)
-    sums.add(cosines)
-    load.add(ids, weights)
-    rule = RouterRule(experts)
-    rule.add(logits, ids.where(ids >= 0, experts), weights)
-    arrays = sums.arrays() | load.arrays() | rule.arrays() | {"rank_counts": rank_counts(logits, norms)}
-    return arrays | {"ids": ids, "weights": weights, "logits": logits, "norms": norms, "cosine": cosines.float()}
+def chunk_of(entry, count=None):
+    """The tokens of a site: random outputs of its own; some logits and norms tie, one slot is empty."""
+    lengths = Counter(sequence for sequence, _ in TOKENS[:count]).values()
+    index = TextIndex.of([[7] * length for length in lengths])
+    return index, made_up(index, entry["labels"], entry["experts"], entry["top_k"], seed=entry["layer"])
+
+
+def record(entry, count):
+    """What extraction records of them."""
+    index, chunk = chunk_of(entry, count)
+    if entry["site"] == "attention":
+        chunk.activation = None
+    return arrays_of_chunks(all_recorders(index, entry["labels"], entry["experts"], entry["top_k"]), [chunk])
 
 
 def write_run(directory, kind="short", sites=SITES, tokens=TOKENS, change=None):
     """activations.safetensors and tokens.parquet as extraction leaves them; returns the recorded arrays."""
-    recorded = {(site["layer"], site["site"]): record(site, len(tokens), site["layer"]) for site in sites}
+    recorded = {(site["layer"], site["site"]): record(site, len(tokens)) for site in sites}
     arrays = {f"layer_{layer}.{site}.{name}": a for (layer, site), own in recorded.items() for name, a in own.items()}
     if kind == "long":
         arrays = {
@@ -71,14 +73,16 @@ def write_run(directory, kind="short", sites=SITES, tokens=TOKENS, change=None):
     return recorded
 
 
-def program(directory, *names, check=True):
+def program(directory, *names, check=True, states=None):
     options = [part for name in names for part in ("--" + name.replace("_", "-"), directory / f"{name}.parquet")]
     inputs = ["--activations", directory / "activations.safetensors", "--tokens", directory / "tokens.parquet"]
+    inputs += ["--states", states] if states else []
     command = [sys.executable, SCRIPTS / "behavioral_tables.py", *inputs, *options]
     return subprocess.run(list(map(str, command)), check=check, capture_output=True, text=True)
 
 
-SUMS = ("load", "rank_counts", "output_similarity", "router_rule")
+SUMS = (*FROM_SUMS, *FROM_LAYERS)
+PLAIN = ("layer", "site", "a", "b", "tokens", "cosine_mean", "cosine_sd", "angular_mean", "angular_sd")
 SINGLE = ("routing", "norm_score", "output_similarity_tokens")
 
 
@@ -123,7 +127,8 @@ def test_load(short_run):
     wanted = []
     for entry, key, own in sites_of(short_run[2]):
         for expert, rank in itertools.product(range(entry["experts"]), range(entry["top_k"])):
-            wanted.append((*key, str(expert), rank, own["load_tokens"][expert][rank], own["load_weight"][expert][rank]))
+            names = ("load_tokens", "load_tokens_first", "load_weight")
+            wanted.append((*key, str(expert), rank, *(own[name][expert][rank] for name in names)))
     assert_rows(short_run[1]["load"], wanted)
 
 
@@ -148,16 +153,19 @@ def test_norm_score(short_run):
 
 def test_rank_count_table(short_run):
     wanted = []
-    for _, key, own in sites_of(short_run[2]):
+    for entry, key, own in sites_of(short_run[2]):
+        first = [token for token, (_, position) in enumerate(TOKENS) if position == 0]
         counts = loop_rank_counts(own["logits"], own["norms"])
-        wanted += [(*key, i, j, count) for i, row in enumerate(counts) for j, count in enumerate(row)]
+        of_first = loop_rank_counts([own["logits"][t] for t in first], [own["norms"][t] for t in first])
+        n = range(entry["experts"])
+        wanted += [(*key, i, j, counts[i][j], of_first[i][j]) for i in n for j in n]
     assert_rows(short_run[1]["rank_counts"], wanted)
 
 
 def test_output_similarity(short_run):
     wanted = []
     for entry, key, _ in sites_of(short_run[2]):
-        outputs = normal(len(entry["labels"]), len(TOKENS), 6, seed=entry["layer"]).tolist()
+        outputs = chunk_of(entry)[1].outputs.tolist()
         for a, b in itertools.combinations_with_replacement(range(len(entry["labels"])), 2):
             cosines = [1.0 if a == b else loop_cosine(x, y) for x, y in zip(outputs[a], outputs[b], strict=True)]
             row = [*key, entry["labels"][a], entry["labels"][b], len(TOKENS)]
@@ -165,11 +173,86 @@ def test_output_similarity(short_run):
                 mean = math.fsum(values) / len(values)
                 row += [mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))]
             wanted.append(tuple(row))
-    frame = short_run[1]["output_similarity"]
+    frame = short_run[1]["output_similarity"].select("model", "corpus", *PLAIN)
     off = frame.filter(pl.col("a") != pl.col("b"))
     assert_rows(off, [row for row in wanted if row[2] != row[3]])
     diagonal = frame.filter(pl.col("a") == pl.col("b")).select("cosine_mean", "cosine_sd", "angular_mean", "angular_sd")
     assert np.abs(diagonal.to_numpy() - [1, 0, 1, 0]).max() < 1e-7
+
+
+def test_output_similarity_of_content_quantiles_and_documents(short_run):
+    """Without position 0; order statistics to a bin; sd of the two documents' means."""
+    for entry, (layer, site), _ in sites_of(short_run[2]):
+        cosines = pair_cosines(chunk_of(entry)[1].outputs).numpy()
+        content = [token for token, (_, position) in enumerate(TOKENS) if position]
+        by_document = [[t for t in content if TOKENS[t][0] == document] for document in (0, 1)]
+        rows = short_run[1]["output_similarity"].filter(layer=layer, site=site)
+        for row in rows.iter_rows(named=True):
+            a, b = entry["labels"].index(row["a"]), entry["labels"].index(row["b"])
+            values = cosines[:, a, b]
+            assert row["cosine_mean_content"] == pytest.approx(values[content].mean(), abs=1e-12)
+            angles = [loop_angular(value) for value in values[content]]
+            assert row["angular_mean_content"] == pytest.approx(np.mean(angles), abs=1e-7)
+            means = [values[tokens].mean() for tokens in by_document]
+            assert row["cosine_sd_documents"] == pytest.approx(np.std(means, ddof=1), abs=1e-12)
+            for q in (5, 25, 50, 75, 95):
+                true = np.quantile(values, q / 100, method="inverted_cdf")
+                assert abs(row[f"cosine_q{q:02}"] - true) < 0.01
+
+
+def test_documents(short_run):
+    """Means of the recorded sums, position 0 apart; a measure that no token has is not there."""
+    frame = short_run[1]["documents"]
+    for _, (layer, site), own in sites_of(short_run[2]):
+        wanted = {}
+        for suffix, sums, counts in zip(("", "_first"), own["document_sum"], own["document_count"], strict=True):
+            for block, number in itertools.product(range(2), range(len(DOCUMENT_MEASURES))):
+                key = DOCUMENT_MEASURES[number] + suffix
+                if counts[0][number] or counts[1][number]:
+                    count = counts[block][number]
+                    wanted[block, key] = count, sums[block][number] / count if count else None
+        rows = frame.filter(layer=layer, site=site)
+        found = {(b, m): (t, v) for b, m, t, v in rows.select("block", "measure", "tokens", "value").iter_rows()}
+        assert found == wanted
+        assert {"active", "active_first"} & set(rows["measure"]) == (
+            {"active", "active_first"} if site == "ffn" else set()
+        )
+        assert rows.filter(measure="pair_cosine")["tokens"].to_list() == [2, 3]
+        assert rows.filter(measure="norm_first")["tokens"].to_list() == [1, 1]
+
+
+def test_activation_ratio(short_run):
+    """At every threshold what a direct count gives; experts of attention have none."""
+    frame = short_run[1]["activation_ratio"]
+    assert set(frame["site"]) == {"ffn"} and 0.001 in frame["threshold"] and 0.0 in frame["threshold"]
+    magnitude = chunk_of(SITES[0])[1].activation.abs()
+    for row in frame.iter_rows(named=True):
+        above = magnitude[int(row["expert"])] > row["threshold"]
+        assert row["ratio"] == pytest.approx(above.double().mean().item(), abs=1e-15)
+        assert row["tokens"] == len(TOKENS)
+    assert len(frame) == 5 * 16 and frame.filter(threshold=0.001)["ratio"].is_between(0.5, 0.999).all()
+
+
+@pytest.mark.parametrize("width", [5, 128, 300])
+def test_intermediate_states_are_pooled_to_what_a_page_holds(tmp_path, width):
+    write_run(tmp_path)
+    states = normal(len(TOKENS), 3, width)
+    metadata = {"model": "m", "corpus": "c", "kind": "short", "labels": {"layer_4": ["0", "1", "F"]}}
+    save_file({"layer_4": states}, tmp_path / "states.safetensors", {"atlas": json.dumps(metadata)})
+    program(tmp_path, *SUMS, "intermediate", states=tmp_path / "states.safetensors")
+    frame = tables.read("intermediate", tmp_path / "intermediate.parquet")
+    run = -(-width // 128)
+    wanted = []
+    for place, values in zip(TOKENS, states.tolist(), strict=True):
+        for expert, label in enumerate("01F"):
+            for first in range(0, width, run):
+                wanted.append((4, "ffn", *place, label, first, run, max(values[expert][first : first + run], key=abs)))
+    assert_rows(frame, wanted)
+    other = tables.read("tokens", tmp_path / "tokens.parquet")[:-1]
+    with pytest.raises(AtlasError, match="layer_4 has 7 tokens and tokens.parquet 6"):
+        list(intermediate(tmp_path / "states.safetensors", other))
+    with pytest.raises(AtlasError, match="not a file of intermediate states"):
+        list(intermediate(tmp_path / "activations.safetensors", other))
 
 
 def test_output_similarity_of_single_tokens(short_run):
@@ -179,6 +262,16 @@ def test_output_similarity_of_single_tokens(short_run):
             for a, b in itertools.combinations_with_replacement(range(len(entry["labels"])), 2):
                 wanted.append((*key, *token, entry["labels"][a], entry["labels"][b], cosine[a][b]))
     assert_rows(short_run[1]["output_similarity_tokens"], wanted)
+
+
+def test_specialization(short_run):
+    """The table is that of the function for each layer; super experts come from all layers of a site, here one each."""
+    frame = short_run[1]["specialization"]
+    for entry, arrays in Activations(short_run[0] / "activations.safetensors"):
+        largest = arrays["importance_output_max"]
+        wanted = specialization(arrays, entry["labels"], largest == largest.max(), entry["layer"])
+        found = frame.filter(pl.col("layer") == entry["layer"], pl.col("site") == entry["site"])
+        assert found.select(wanted.columns).equals(wanted)
 
 
 def test_the_same_run_gives_the_same_bytes(short_run, tmp_path):

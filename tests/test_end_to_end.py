@@ -18,6 +18,7 @@ from moe_atlas.files import read_json, sha256, write_json
 
 MODELS = ("demo-mistral", "demo-mixtral", "demo-deepseek", "demo-jetmoe")
 CORPORA = {"prompt": "short", "prose": "long"}
+WITH_NULLS = ("output_similarity", "specialization", "domain")
 RUN = ("--config", "demo_steps_factor=0.06")
 
 
@@ -65,7 +66,7 @@ def test_every_table_of_the_contract_is_there(atlas, model):
             frame = model_table(atlas, model, name, corpus)
             assert frame.is_empty() == (dense and name != "tokens"), (name, corpus)
             assert frame.is_empty() or frame["model"].unique().to_list() == [model]
-            assert frame.drop_nulls().height == frame.height or name == "output_similarity", name
+            assert frame.drop_nulls().height == frame.height or name in WITH_NULLS, name
     if model == "demo-jetmoe":
         assert set(model_table(atlas, model, "load", "prose")["site"]) == {"ffn", "attention"}
 
@@ -151,12 +152,13 @@ def test_the_report_carries_figures_and_tables_with_captions(atlas):
         names = report.namelist()
         text = "".join(report.read(name).decode("utf-8", "ignore") for name in names if name.endswith((".html", ".js")))
     assert sum(name.endswith("overview.png") for name in names) > 40
-    assert sum(name.endswith(".csv") for name in names) == len(tables.TABLES)
+    assert sum(name.endswith(".csv") for name in names) == len(tables.TABLES | tables.ACROSS)
     for wanted in ("demo-deepseek", "weight_similarity", "Comparison", "Tables", "cosine"):
         assert wanted in text
 
 
-AGGREGATES = {"aggregate_tables", "plot_comparison", "comparison_notebook", "make_index", "all"}
+AGGREGATES = {"aggregate_tables", "plot_comparison", "comparison_notebook", "make_index", "saturation", "all"}
+AGGREGATES |= {"judge_claims", "compare_published"}
 
 
 def test_a_copied_checkpoint_as_a_new_row_runs_that_model_and_removing_it_the_aggregates(atlas, tmp_path):
@@ -171,6 +173,10 @@ def test_a_copied_checkpoint_as_a_new_row_runs_that_model_and_removing_it_the_ag
     for name in ("similarity", "regression"):
         copied, original = (model_table(folder, model, name).drop("model") for model in ("mine", "demo-mixtral"))
         assert copied.equals(original)
+    # The copied row has the series of demo-mixtral, and chooses what it chooses.
+    saturation = tables.read("saturation", folder / "results/tables/saturation.parquet")
+    assert saturation.select("model", "end").unique().rows() == [("demo-mixtral", "mine")]
+    assert set(saturation["overlap"]) == set(saturation["top1"]) == {1.0} and set(saturation["js_divergence"]) == {0.0}
     write_sheet(folder / "config/models.tsv", rows)
     assert {rule for rule, _ in finished(snakemake(folder, *RUN))} == AGGREGATES
     assert set(tables.read("load", folder / "results/tables/load.parquet")["model"]) == set(MODELS[1:])

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from moe_atlas.architectures.sites import find_sites, mix
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.manifest import describe
-from moe_atlas.probe import SiteProbe, extract, make_batches
+from moe_atlas.probe import extract
 from moe_atlas.stream import LayerStream, decoder_layers
 
 SEQUENCES = model_types.token_ids([13, 13])
@@ -69,14 +69,25 @@ def test_streamed_logits_equal_the_fully_loaded_models(case):
     torch.testing.assert_close(streamed(case.directory), case.logits, atol=1e-5, rtol=0)
 
 
+class Watcher:
+    """An observer of a site that only counts the tokens it is shown."""
+
+    seen = 0
+
+    def tokens(self) -> torch.Tensor:
+        return torch.arange(TOKENS)
+
+    def record(self, tokens: torch.Tensor, *_values: torch.Tensor) -> None:
+        self.seen += len(tokens)
+
+
 def test_a_model_that_is_watched_gives_the_logits_it_gave(case):
-    batch = make_batches(SEQUENCES)[0]
+    watchers = [Watcher() for _ in case.sites]
     with torch.no_grad(), contextlib.ExitStack() as stack:
-        for site in case.sites.values():
-            probe = SiteProbe(site, 0, 0)
-            probe.start(batch, None)
-            stack.enter_context(site.observed(probe))
+        for site, watcher in zip(case.sites.values(), watchers, strict=True):
+            stack.enter_context(site.observed(watcher))
         torch.testing.assert_close(case.network(IDS, use_cache=False).logits, case.logits, atol=1e-5, rtol=0)
+    assert [watcher.seen for watcher in watchers] == [TOKENS] * len(watchers)
     with torch.no_grad():  # and it is as it was once nobody watches
         torch.testing.assert_close(case.network(IDS, use_cache=False).logits, case.logits, atol=1e-6, rtol=0)
 

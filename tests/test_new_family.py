@@ -74,7 +74,7 @@ def test_a_row_is_all_it_takes(atlas, model_type):
     expected = TYPES[model_type][1]
     assert {key: manifest[key] for key in expected} == expected and manifest["model_type"] == model_type
     for name, declared in tables.TABLES.items():
-        if not declared.kinds or "short" in declared.kinds:
+        if name != "domain" and (not declared.kinds or "short" in declared.kinds):  # domain: of long corpora
             frame = tables.read(name, directory / declared.path.format(corpus="prompt"))
             assert len(frame) > 0 and (name == "tokens" or set(frame["layer"]) == set(expected["moe_layers"])), name
 

@@ -38,6 +38,9 @@ def results(tmp_path_factory):
         tables.write(
             name, pl.concat([tables.read(name, path) for path in files]), folder / "tables" / f"{name}.parquet"
         )
+    for name in tables.ACROSS:
+        frame = pl.concat([synthetic.across(toy)[name] for toy in toys])
+        tables.write(name, frame, folder / "tables" / f"{name}.parquet")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What the probe records, against the model itself and against the files."""
+"""What the probe records: batches, labels, long and short corpora. test_model_types.py compares it with the models."""
 
 import families
 import numpy as np
@@ -12,7 +12,6 @@ from moe_atlas.errors import AtlasError
 from moe_atlas.probe import extract, make_batches
 from moe_atlas.stream import decoder_layers
 
-MOE = [family for family in families.FAMILIES if family != "mistral"]
 SEQUENCES = families.token_ids([11, 5, 11, 8])
 TOTAL = sum(map(len, SEQUENCES))
 
@@ -33,7 +32,13 @@ def test_batching_and_chunks_do_not_change_the_result(checkpoints, family, monke
     pieces = extract(Checkpoint(checkpoints / family), SEQUENCES, keep_tokens=True, batch_tokens=12)
     assert whole[0] == pieces[0]
     for name, tensor in whole[1].items():
-        torch.testing.assert_close(pieces[1][name], tensor, atol=2e-5, rtol=1e-5, msg=name)
+        if name.endswith("_histogram"):  # a value beside an edge may fall on the other side of it
+            shift = (pieces[1][name] - tensor).cumsum(-1).abs()
+            assert shift.max() <= 2 and shift.sum() <= 0.002 * tensor.sum(), name
+            continue
+        # The share of active neurons is such a count, too.
+        atol = 0.01 if name.endswith("document_sum") else 2e-5
+        torch.testing.assert_close(pieces[1][name], tensor, atol=atol, rtol=1e-5, msg=name)
 
 
 def test_long_corpora_keep_the_same_sums_without_a_row_a_token(checkpoints):

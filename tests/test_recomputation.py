@@ -11,6 +11,7 @@ import reference
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from moe_atlas import tables
+from moe_atlas.behavioral.tables import FROM_LAYERS, FROM_SUMS, FROM_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["the router picks two experts", "an expert is a feed-forward network", "experts of one layer", "the end"]
@@ -59,8 +60,10 @@ def test_every_table_value_equals_a_float64_recomputation(tmp_path, family):
     regression = ("--similarity", written["similarity"], "--seed", 0, "--output", written["regression"])
     program("router_regression", *regression)
     recorded = ("--activations", tmp_path / "a.safetensors", "--tokens", written["tokens"])
-    program("extract_activations", *source, "--corpus", "c", "--kind", "short", "--corpus-file", corpus, *recorded)
-    behavioral = [name for name in tables.TABLES if name not in ("similarity", "regression", "tokens")]
+    states = ("--intermediate", tmp_path / "i.safetensors")
+    texts = ("--corpus", "c", "--kind", "short", "--corpus-file", corpus)
+    program("extract_activations", *source, *texts, *recorded, *states)
+    behavioral = [*FROM_SUMS, *FROM_LAYERS, *FROM_TOKENS]
     options = [part for name in behavioral for part in (f"--{name.replace('_', '-')}", written[name])]
     program("behavioral_tables", *recorded, *options)
 
@@ -71,7 +74,7 @@ def test_every_table_value_equals_a_float64_recomputation(tmp_path, family):
     second = reference.Reference(checkpoints["m"], checkpoints.get("dense"))
     expected = {"similarity": second.similarity("m"), "regression": second.regression("m")}
     expected |= second.behavior("m", "c", sequences)
-    assert set(expected) == set(tables.TABLES) - {"tokens"}
+    assert set(expected) == {"similarity", "regression", *FROM_SUMS, *FROM_TOKENS}
     for name, frame in expected.items():
         ours = tables.read(name, written[name])
         assert len(ours) > 0

@@ -281,7 +281,7 @@ def test_a_fingerprint_follows_names_and_sizes_only(tmp_path):
     assert make("tokenizer", **{"tokenizer.json": "{}"}) != first
 
 
-@pytest.mark.parametrize("name", ["models", "corpora", "config"])
+@pytest.mark.parametrize("name", ["models", "corpora", "config", "claims", "published"])
 def test_every_field_is_described_and_documented(name):
     rules = schema(name)
     manual = (ROOT / "config/README.md").read_text(encoding="utf-8")

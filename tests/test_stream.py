@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import families
+import model_types
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moe_atlas.checkpoints import Checkpoint
@@ -37,6 +39,39 @@ def test_streamed_logits_equal_the_fully_loaded_models(tmp_path, family, shards)
             expected = loaded(ids).logits
         assert expected.std() > 0.05  # the comparison is about something
         torch.testing.assert_close(streamed, expected, atol=1e-5, rtol=0)
+
+
+VARIANTS = {
+    "layers that share keys and values": (
+        "gemma4_text",
+        {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "a head with a bias": ("phimoe", {"lm_head_bias": True}),
+    "a head of its own": ("grok-1", {"tie_word_embeddings": False}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_a_type_give_the_fully_loaded_models_logits(tmp_path, variant):
+    name, changes = VARIANTS[variant]
+    model_types.save(name, tmp_path, **changes)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    for streamed, ids in zip(run(LayerStream(Checkpoint(tmp_path))), BATCHES, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(streamed, loaded(ids, use_cache=False).logits, atol=1e-5, rtol=0)
+
+
+def test_a_stored_head_is_used_whatever_the_config_says_of_it(tmp_path):
+    """The config says that the head is the embeddings, the file holds another: transformers takes the file's."""
+    families.save("grok", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.tie_word_embeddings
+    streamed = run(LayerStream(Checkpoint(tmp_path)))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(streamed, loaded(BATCHES[0]).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek", "jetmoe"])
@@ -101,8 +136,6 @@ def test_only_the_layers_that_are_asked_for_are_read(tmp_path):
 
 
 def test_a_tensor_the_model_needs_is_named_when_missing(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     families.save("mixtral", tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)

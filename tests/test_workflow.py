@@ -15,6 +15,8 @@ from moe_atlas.tables import TABLES
 
 RULES = ROOT / "workflow" / "rules"
 ACROSS_MODELS = {
+    "judge_claims": 1,
+    "compare_published": 1,
     "aggregate_tables": len(TABLES),
     "plot_comparison": len(COMPARISONS),
     "comparison_notebook": 1,
@@ -27,10 +29,13 @@ def of_one_model(shorts: int, longs: int) -> dict[str, int]:
     jobs = {
         "describe_checkpoint": 1,
         "weight_similarity": 1,
+        "neuron_matching": 1,
+        "project_experts": 1,
         "router_regression": 1,
         "extract_activations": shorts + longs,
         "short_tables": shorts,
         "long_tables": longs,
+        "domain_table": 1,
         "model_notebook": 2,
     }
     for name, experiment in EXPERIMENTS.items():
@@ -87,7 +92,8 @@ def test_the_shipped_sheets_need_these_jobs():
     kinds = Counter(row["kind"] for row in read_sheet(ROOT / "config/corpora.tsv"))
     each = of_one_model(kinds["short"], kinds["long"])
     expected = {rule: number * len(models) for rule, number in each.items()} | ACROSS_MODELS
-    assert counts(jobs) == expected | {"prepare_corpus": kinds.total(), "train_demo_checkpoint": len(models)}
+    expected |= {"prepare_corpus": kinds.total(), "train_demo_checkpoint": len(models), "saturation": 1}
+    assert counts(jobs) == expected
     trained = {job.wildcards["recipe"] for job in jobs if job.rule == "train_demo_checkpoint"}
     assert trained == {row["source"].removeprefix("demo:") for row in models}
 
@@ -165,6 +171,15 @@ def test_an_edit_of_expensive_code_runs_nothing_until_its_version_is_raised(atla
     numbers = counts(planned(atlas))
     assert numbers["extract_activations"] == 8
     assert not {"train_demo_checkpoint", "describe_checkpoint", "weight_similarity", "prepare_corpus"} & set(numbers)
+
+
+def test_models_that_share_a_series_are_compared(atlas):
+    change_model(atlas, "local", series="demo-olmoe")
+    assert planned(atlas) == []
+    change_model(atlas, "demo-olmoe", series="demo-olmoe")
+    assert set(counts(planned(atlas))) == {
+        *("saturation", "judge_claims", "plot_comparison", "comparison_notebook", "make_index")
+    }
 
 
 def test_a_config_value_runs_what_reads_it(atlas):
@@ -277,7 +292,7 @@ def rule_blocks() -> dict[str, str]:
 
 def test_every_rule_says_what_it_does_logs_and_is_measured():
     blocks = rule_blocks()
-    assert len(blocks) == 18
+    assert len(blocks) == 24
     for name, block in blocks.items():
         assert '"""' in block.split("input:")[0], f"{name} has no docstring"
         for directive in ("log", "benchmark", "conda", "threads", "resources", "shell"):

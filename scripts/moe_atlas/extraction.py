@@ -8,7 +8,8 @@ from pathlib import Path
 import polars as pl
 from safetensors.torch import save_file
 
-from moe_atlas import tables, tokens
+from moe_atlas import tokens
+from moe_atlas.behavioral.write import write_frames
 from moe_atlas.errors import AtlasError
 from moe_atlas.files import atomic_path
 from moe_atlas.log import say
@@ -24,6 +25,7 @@ class Corpus:
     file: str
     activations: str
     tokens: str
+    intermediate: str
 
 
 class Reader:
@@ -39,7 +41,8 @@ class Reader:
 
     def read(self, corpus: Corpus) -> Text:
         """The corpus as token ids. AtlasError when it has none, or when the reference's tokens differ."""
-        texts = pl.read_parquet(corpus.file)["text"].to_list()
+        table = pl.read_parquet(corpus.file)
+        texts = table["text"].to_list()
         sequences = tokens.encode(self.tokenizer, texts)
         if not any(sequences):
             raise AtlasError(f"{corpus.file}: the corpus has no tokens; correct its row in the corpora sheet.")
@@ -49,12 +52,18 @@ class Reader:
                 "name another dense_reference or none."
             )
         say(f"{corpus.name}: {sum(map(len, sequences))} tokens in {len(sequences)} sequences")
-        return Text(sequences, keep_tokens=corpus.kind == "short")
+        documents = table["document"].to_list() if "document" in table.columns else None
+        return Text(sequences, corpus.kind == "short", documents)
 
     def write(self, model: str, corpus: Corpus, text: Text, record: Record) -> None:
-        """Write tokens.parquet and activations.safetensors of one corpus (layout in results/README.md)."""
-        table = tokens.token_table(self.tokenizer, text.sequences, model, corpus.name)
-        tables.write("tokens", table, corpus.tokens)
+        """Write tokens.parquet, activations.safetensors and intermediate.safetensors of one corpus.
+
+        Their layout is in results/README.md; the intermediate states of a long corpus are a file without tensors.
+        """
+        write_frames("tokens", tokens.token_frames(self.tokenizer, text.sequences, model, corpus.name), corpus.tokens)
         atlas = {"model": model, "corpus": corpus.name, "kind": corpus.kind, "layers": record.sites}
         with atomic_path(corpus.activations) as temporary:
             save_file(record.tensors, temporary, metadata={"atlas": json.dumps(atlas)})
+        atlas = {"model": model, "corpus": corpus.name, "kind": corpus.kind, "labels": record.state_labels}
+        with atomic_path(corpus.intermediate) as temporary:
+            save_file(record.states, temporary, metadata={"atlas": json.dumps(atlas)})

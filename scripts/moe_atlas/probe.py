@@ -7,20 +7,27 @@ the result is described in results/README.md (activations.safetensors).
 
 import contextlib
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from moe_atlas.accumulate import LoadCounts, PairSums, pair_cosines, rank_counts
-from moe_atlas.architectures.ffn import dense_ffn
+from moe_atlas import recorders
+from moe_atlas.architectures.ffn import dense_ffn, ffn_activation
 from moe_atlas.architectures.sites import ExpertSite, find_sites
 from moe_atlas.checkpoints import Checkpoint
+from moe_atlas.choices import random_router
+from moe_atlas.chunk import Chunk, Recorder
+from moe_atlas.cross_ranks import CrossRanks
 from moe_atlas.errors import AtlasError
 from moe_atlas.router_rule import RouterRule
+from moe_atlas.states import ActivationHistogram, States
 from moe_atlas.stream import LayerStream
+from moe_atlas.text_index import TextIndex
 
 # Padded tokens of one batch: attention and norms of a layer work on so many at a time.
 BATCH_TOKENS = 4096
@@ -62,82 +69,110 @@ def make_batches(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_T
     return batches
 
 
+@dataclass(frozen=True)
+class DenseRun:
+    """What the dense reference's FFN got and gave on its own hidden states, for one batch: (b * t, d) each."""
+
+    inputs: torch.Tensor
+    outputs: torch.Tensor
+
+
 @dataclass
 class SiteProbe:
     """Watches one expert site of one layer over all batches (an architectures.sites.Observer)."""
 
     site: ExpertSite
     layer: int
-    keep_tokens: int  # tokens of a short corpus, 0 for a long one
+    index: TextIndex
+    keep_tokens: bool = False  # a row a token, for short texts
     reference: nn.Module | None = None  # dense FFN for F_same_input
-    has_own: bool = False  # whether the dense FFN's output on its own hidden states comes with each batch
+    has_own: bool = False  # whether the dense FFN's run on its own hidden states comes with each batch
     labels: list[str] = field(init=False)
     batch: Batch | None = None
-    own: torch.Tensor | None = None  # (b * t, d) of the current batch
+    own: DenseRun | None = None  # of the current batch
 
     def __post_init__(self):
         self.labels = [str(expert) for expert in range(self.site.num_experts)]
         self.labels += ["F"] * self.has_own + ["F_same_input"] * (self.reference is not None)
         self.labels += ["SE"] * (self.site.shared is not None)
-        self.load: LoadCounts | None = None
-        self.kept: dict[str, torch.Tensor] = {}
+        self.recorders: list[Recorder] = []
+        self.states = States(len(self.index), self.site.num_experts) if self.keep_tokens else None
 
     def tokens(self) -> torch.Tensor:
         return self.batch.tokens
 
-    def start(self, batch: Batch, own: torch.Tensor | None) -> None:
+    def start(self, batch: Batch, own: DenseRun | None) -> None:
         """What the following calls of the site belong to."""
         self.batch, self.own = batch, own
         self._row_of = torch.zeros(batch.ids.numel(), dtype=torch.int64)
         self._row_of[batch.tokens.cpu()] = batch.rows
 
-    def record(self, tokens, inputs, logits, ids, weights, outputs) -> None:
-        experts = self.site.num_experts
-        if self.load is None:
-            self.load = LoadCounts(experts, ids.shape[1])
-            self.pairs = PairSums(len(self.labels), outputs.device)
-            self.ranks = torch.zeros(experts, experts, dtype=torch.float64, device=outputs.device)
-            choice = self.site.choice()
-            self.rule = RouterRule(experts, choice.bias, choice.groups, choice.jitter)
+    def _begin(self, top_k: int, device: torch.device) -> None:
+        """Make the recorders: how many experts a token may choose is known from the first call."""
+        experts, blocks, choice = self.site.num_experts, self.index.blocks, self.site.choice()
+        self.top_k = top_k
+        self.random_router = random_router(self.site.router_weight, seed=self.layer).float()
+        self.recorders = [
+            recorders.Ranks(experts, device),
+            recorders.Rule(RouterRule(experts, choice.bias, choice.groups, choice.jitter)),
+            recorders.Load(experts, top_k),
+            recorders.Pairs(len(self.labels), blocks, device),
+            recorders.Documents(self.labels, experts, blocks, device),
+            recorders.Importance(experts, blocks, device),
+            recorders.Choices(self.index, experts, top_k),
+            ActivationHistogram(experts, device),
+            CrossRanks(experts, device),
+        ]
+        if self.keep_tokens:
+            self.recorders.append(recorders.Tokens(len(self.index)))
+
+    def record(self, tokens, inputs, logits, ids, weights, outputs, activation) -> None:
+        if not self.recorders:
+            self._begin(ids.shape[1], outputs.device)
         compared = [outputs]
         if self.has_own:
-            compared.append(self.own[tokens][None])
+            compared.append(self.own.outputs[tokens][None])
         if self.reference is not None:
             compared.append(self.reference(inputs)[None])
         if self.site.shared is not None:
             compared.append(self.site.shared(inputs)[None])
-        cosines = pair_cosines(torch.cat([part.to(outputs.dtype) for part in compared]))
-        norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=torch.float32).T
-        own = self.site.own_logits
-        self.rule.add(logits if own is None else own[tokens], ids, weights, logits)
-        ids, weights = _by_weight(ids, weights, experts)
-        self.pairs.add(cosines)
-        self.ranks += rank_counts(logits, norms)
-        self.load.add(ids, weights)
-        if self.keep_tokens:
-            rows = self._row_of[tokens.cpu()]
-            self._keep(rows, ids=ids, weights=weights.float(), logits=logits, norms=norms, cosine=cosines.float())
-
-    def _keep(self, rows: torch.Tensor, **values: torch.Tensor) -> None:
-        for name, value in values.items():
-            if name not in self.kept:
-                self.kept[name] = torch.empty(self.keep_tokens, *value.shape[1:], dtype=value.dtype)
-            self.kept[name][rows] = value.cpu()
+        rows, own_logits = self._row_of[tokens.cpu()], self.site.own_logits
+        ordered = _by_weight(ids, weights, self.site.num_experts)
+        random_logits = functional.linear(self.site.routed[tokens].float(), self.random_router)
+        chunk = Chunk(
+            rows=rows,
+            first=(self.index.position[rows] == 0).to(outputs.device),
+            block=self.index.block[rows].to(outputs.device),
+            blocks=self.index.blocks,
+            own_logits=logits if own_logits is None else own_logits[tokens],
+            logits=logits,
+            router_ids=ids,
+            router_weights=weights,
+            ids=ordered[0],
+            weights=ordered[1],
+            random_ids=random_logits.topk(min(self.top_k, self.site.num_experts), dim=-1).indices,
+            outputs=outputs if len(compared) == 1 else torch.cat([part.to(outputs.dtype) for part in compared]),
+            activation=activation,
+        )
+        if self.states is not None and self.has_own:
+            chunk.own_activation = ffn_activation(self.reference, self.own.inputs[tokens])
+        for recorder in self.recorders if self.states is None else (*self.recorders, self.states):
+            recorder.add(chunk)
 
     def arrays(self) -> dict[str, torch.Tensor]:
         """All statistics by name, on the CPU."""
-        arrays = {**self.pairs.arrays(), **self.load.arrays(), **self.rule.arrays()}
-        arrays |= {"rank_counts": self.ranks, **self.kept}
-        return {name: array.cpu() for name, array in arrays.items()}
+        arrays: dict[str, torch.Tensor] = {}
+        for recorder in self.recorders:
+            arrays |= recorder.arrays()
+        return {name: array.cpu().contiguous() for name, array in arrays.items()}
 
     def description(self) -> dict:
         """What the metadata of activations.safetensors says of this site."""
-        top_k = self.load.load_tokens.shape[1]
         return {
             "layer": self.layer,
             "site": self.site.name,
             "experts": self.site.num_experts,
-            "top_k": top_k,
+            "top_k": self.top_k,
             "labels": self.labels,
         }
 
@@ -151,13 +186,18 @@ def _by_weight(ids: torch.Tensor, weights: torch.Tensor, experts: int) -> tuple[
 
 
 @contextlib.contextmanager
-def _output_of(module: nn.Module | None):
-    """Collect the output of a module's next call, flattened to (b * t, d)."""
-    seen: list[torch.Tensor] = []
+def _runs_of(module: nn.Module | None):
+    """Collect what a module's next calls get and give, flattened to (b * t, d)."""
+    seen: list[DenseRun] = []
     if module is None:
         yield seen
         return
-    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output.flatten(0, -2)))
+
+    def remember(_module, args, kwargs, output):
+        called_with = args[0] if args else next(iter(kwargs.values()))
+        seen.append(DenseRun(called_with.flatten(0, -2), output.flatten(0, -2)))
+
+    handle = module.register_forward_hook(remember, with_kwargs=True)
     try:
         yield seen
     finally:
@@ -166,18 +206,37 @@ def _output_of(module: nn.Module | None):
 
 @dataclass(frozen=True)
 class Text:
-    """A corpus as token ids, special tokens included; keep_tokens keeps a row a token (short corpora)."""
+    """A corpus as token ids, special tokens included; keep_tokens keeps a row a token (short corpora).
+
+    documents: the document of each sequence, by default one for each.
+    """
 
     sequences: Sequence[Sequence[int]]
     keep_tokens: bool
+    documents: Sequence[int] | None = None
 
 
 @dataclass
 class Record:
-    """What the experts did on one text: descriptions of the expert sites, tensors `layer_{l}.{site}.{name}`."""
+    """What the experts did on one text: descriptions of the expert sites, tensors `layer_{l}.{site}.{name}`.
+
+    Of a short text also the intermediate states of the FFN experts, `layer_{l}` (T, N, m) float32, and by the same
+    names whose they are: the experts', and after them F's where it has as many neurons.
+    """
 
     sites: list[dict] = field(default_factory=list)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    states: dict[str, torch.Tensor] = field(default_factory=dict)
+    state_labels: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, probe: SiteProbe) -> None:
+        """Take what a probe has kept of all batches."""
+        self.sites.append(probe.description())
+        prefix = f"layer_{probe.layer}.{probe.site.name}"
+        self.tensors |= {f"{prefix}.{name}": array for name, array in probe.arrays().items()}
+        if probe.states is not None and probe.states.kept is not None:
+            self.states[f"layer_{probe.layer}"] = probe.states.kept
+            self.state_labels[f"layer_{probe.layer}"] = probe.states.labels
 
 
 class LayerObserver(Protocol):
@@ -203,21 +262,24 @@ def extract_texts(
     reference: Checkpoint | None = None,
     device: str | torch.device = "cpu",
     batch_tokens: int = BATCH_TOKENS,
+    spill_directory: str | os.PathLike | None = None,
     on_layer: LayerObserver = lambda index, layer, dense_layer: None,
 ) -> list[Record]:
     """Run texts through a checkpoint in one pass over its layers and return what its experts did on each.
 
     reference: a dense checkpoint of the same width and tokenizer; its FFN of the same layer is compared
     as F (on its own hidden states) and F_same_input (on the MoE's inputs; A Closer Look, 5.1 has F only).
-    A dense model has no sites. Raises AtlasError when the reference has another width.
+    spill_directory: where hidden states go that do not fit into memory (see stream.py). A dense model has no sites.
+    Raises AtlasError when the reference has another width.
     """
-    stream = LayerStream(checkpoint, dtype, device)
-    dense = LayerStream(reference, dtype, device) if reference is not None else None
+    stream = LayerStream(checkpoint, dtype, device, spill_directory)
+    dense = LayerStream(reference, dtype, device, spill_directory) if reference is not None else None
     if dense is not None and dense.config.hidden_size != stream.config.hidden_size:
         raise AtlasError(
             f"{reference.directory}: hidden size {dense.config.hidden_size} differs from the "
             f"{stream.config.hidden_size} of {checkpoint.directory}; name another dense_reference or none."
         )
+    indices = [TextIndex.of(text.sequences, text.documents) for text in texts]
     batches = [make_batches(text.sequences, batch_tokens) for text in texts]
     for batch in itertools.chain(*batches):
         batch.tokens = batch.tokens.to(device)
@@ -228,42 +290,39 @@ def extract_texts(
         paired = dense is not None and index < len(dense)
         with stream.layer(index) as layer, dense.layer(index) if paired else contextlib.nullcontext() as dense_layer:
             first = 0
-            for text, own, record in zip(texts, batches, records, strict=True):
-                probes = _observe(stream, dense if paired else None, index, layer, dense_layer, text, own, first)
+            for text, place, own, record in zip(texts, indices, batches, records, strict=True):
+                probes = [_probe(site, index, place, text, dense_layer) for site in find_sites(layer)]
+                _observe(stream, dense if paired else None, dense_layer, probes, own, first)
                 first += len(own)
                 for probe in probes:
-                    record.sites.append(probe.description())
-                    prefix = f"layer_{index}.{probe.site.name}"
-                    record.tensors |= {f"{prefix}.{name}": array for name, array in probe.arrays().items()}
+                    record.add(probe)
             on_layer(index, layer, dense_layer)
     return records
+
+
+def _probe(site: ExpertSite, layer: int, index: TextIndex, text: Text, dense_layer: nn.Module | None) -> SiteProbe:
+    """A probe of one site, which compares FFN experts with the FFN of the dense reference's layer, if there is one."""
+    ffn = dense_ffn(dense_layer) if dense_layer is not None and site.name == "ffn" else None
+    return SiteProbe(site, layer, index, text.keep_tokens, ffn, has_own=ffn is not None)
 
 
 def _observe(
     stream: LayerStream,
     dense: LayerStream | None,
-    index: int,
-    layer: nn.Module,
     dense_layer: nn.Module | None,
-    text: Text,
+    probes: list[SiteProbe],
     batches: list[Batch],
     first: int,
-) -> list[SiteProbe]:
+) -> None:
     """Send one text's batches, number `first` and on of the stream, through the layer in memory."""
-    total = sum(map(len, text.sequences)) if text.keep_tokens else 0
     ffn = dense_ffn(dense_layer) if dense is not None else None
-    probes = []
-    for site in find_sites(layer):
-        compared = site.name == "ffn" and ffn is not None
-        probes.append(SiteProbe(site, index, total, ffn if compared else None, has_own=compared))
     with contextlib.ExitStack() as stack:
         for probe in probes:
             stack.enter_context(probe.site.observed(probe))
         for number, batch in enumerate(batches, start=first):
-            with _output_of(ffn) as own:
+            with _runs_of(ffn) as own:
                 if dense is not None:
                     dense.step(number)
             for probe in probes:
                 probe.start(batch, own[0] if own and probe.has_own else None)
             stream.step(number)
-    return probes

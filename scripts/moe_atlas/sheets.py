@@ -43,6 +43,8 @@ class Model:
     source: str
     revision: str
     dense_reference: str  # id of another enabled row, or ""
+    series: str  # what revisions of one model share, or ""
+    matching_layers: str  # "0,5,10", or "" for evenly spaced ones
     dtype: str
     gpus: int
     mem_mb: int
@@ -101,11 +103,11 @@ class Corpus:
 
 @functools.cache
 def schema(name: str) -> dict:
-    """JSON schema `config`, `models` or `corpora`, as a dict."""
+    """JSON schema of this name (`config` or a sheet), as a dict."""
     return yaml.safe_load((SCHEMAS / f"{name}.schema.yaml").read_text(encoding="utf-8"))
 
 
-def _suggest(name: str, known: Collection[str]) -> str:
+def suggest(name: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -115,7 +117,7 @@ def _fault(error: jsonschema.ValidationError) -> str:
     value, rules = error.instance, error.schema
     if error.validator == "enum":
         allowed = ", ".join(rules["enum"])
-        return f"{value!r} is not one of {allowed}{_suggest(str(value), rules['enum'])}; write one of these"
+        return f"{value!r} is not one of {allowed}{suggest(str(value), rules['enum'])}; write one of these"
     if error.validator == "type":
         names = {"integer": "a whole number", "boolean": "true or false", "number": "a number", "string": "a text"}
         wanted = names[rules["type"]]
@@ -136,7 +138,7 @@ def load_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in config:
         if key not in properties:
             raise AtlasError(
-                f"config, key {key}: there is no such key{_suggest(str(key), properties)}; "
+                f"config, key {key}: there is no such key{suggest(str(key), properties)}; "
                 f"the keys are {', '.join(properties)}."
             )
     errors = jsonschema.Draft202012Validator(schema("config")).iter_errors(dict(config))
@@ -173,12 +175,15 @@ def _typed(cell: str, rules: Mapping[str, Any]) -> Any:
     """The cell as its column's type; a cell that is no such value stays text and fails the schema."""
     if rules["type"] == "integer":
         return int(cell) if cell.removeprefix("-").isascii() and cell.removeprefix("-").isdigit() else cell
+    if rules["type"] == "number":
+        number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell, re.ASCII)
+        return float(cell) if number else cell
     if rules["type"] == "boolean":
         return {"true": True, "false": False}.get(cell.lower(), cell)
     return cell
 
 
-def _load_rows(path: str | Path, name: str) -> list[tuple[str, dict[str, Any]]]:
+def load_rows(path: str | Path, name: str) -> list[tuple[str, dict[str, Any]]]:
     """(place, row) of each line; `place` begins every error about it. The first column is the id."""
     rules = schema(name)
     properties, required = rules["properties"], rules["required"]
@@ -191,7 +196,7 @@ def _load_rows(path: str | Path, name: str) -> list[tuple[str, dict[str, Any]]]:
     for column in header:
         if column not in properties:
             raise AtlasError(
-                f"{place}, column {column!r}: there is no such column{_suggest(column, properties)}; "
+                f"{place}, column {column!r}: there is no such column{suggest(column, properties)}; "
                 f"the columns are {', '.join(properties)}, separated by tabs."
             )
         if header.count(column) > 1:
@@ -203,7 +208,8 @@ def _load_rows(path: str | Path, name: str) -> list[tuple[str, dict[str, Any]]]:
         raise AtlasError(f"{path}: the sheet has columns but no rows; add one.")
     validator = jsonschema.Draft202012Validator(rules)
     rows: list[tuple[str, dict[str, Any]]] = []
-    seen: dict[str, int] = {}
+    seen: dict[tuple, int] = {}
+    key = rules.get("x-key", [identifier])  # columns that tell rows apart
     for line, cells in lines:
         id_column = header.index(identifier)
         row_id = cells[id_column] if id_column < len(cells) else ""
@@ -222,11 +228,11 @@ def _load_rows(path: str | Path, name: str) -> list[tuple[str, dict[str, Any]]]:
         errors = sorted(validator.iter_errors(row), key=lambda error: list(properties).index(error.path[0]))
         if errors:
             raise AtlasError(f"{place}, column {errors[0].path[0]}: {_fault(errors[0])}.")
-        if row_id in seen:
+        if (own := tuple(row[column] for column in key)) in seen:
             raise AtlasError(
-                f"{place}, column {identifier}: the id is already that of line {seen[row_id]}; give each row its own."
+                f"{place}, column {identifier}: the id is already that of line {seen[own]}; give each row its own."
             )
-        seen[row_id] = line
+        seen[own] = line
         rows.append((place, row))
     return rows
 
@@ -237,7 +243,7 @@ def _check_model_source(place: str, model: Model, recipes: Collection[str]) -> N
     scheme, locator = _split(model.source)
     if scheme == "demo" and locator not in recipes:
         raise AtlasError(
-            f"{place}: there is no recipe {locator}{_suggest(locator, recipes)}; the recipes are {', '.join(recipes)}."
+            f"{place}: there is no recipe {locator}{suggest(locator, recipes)}; the recipes are {', '.join(recipes)}."
         )
     if scheme == "emoe":
         raise AtlasError(f"{place}: this version cannot make {model.source}; set enabled to false.")
@@ -263,7 +269,7 @@ def load_models(path: str | Path, recipes: Collection[str]) -> dict[str, Model]:
 
     `recipes` are the names that a demo: source may have. Raises AtlasError on the first fault.
     """
-    rows = [(place, Model(**row)) for place, row in _load_rows(path, "models")]
+    rows = [(place, Model(**row)) for place, row in load_rows(path, "models")]
     models = {model.model: model for _, model in rows if model.enabled}
     ids = [model.model for _, model in rows]
     for place, model in rows:
@@ -277,7 +283,7 @@ def load_models(path: str | Path, recipes: Collection[str]) -> dict[str, Model]:
             )
         if reference and reference not in ids:
             raise AtlasError(
-                f"{column}: there is no row {reference}{_suggest(reference, ids)}; add it or leave the cell empty."
+                f"{column}: there is no row {reference}{suggest(reference, ids)}; add it or leave the cell empty."
             )
         if reference and reference not in models:
             raise AtlasError(f"{column}: the row {reference} is not enabled; enable it or leave the cell empty.")
@@ -310,13 +316,13 @@ def load_corpora(path: str | Path, names: Collection[str]) -> dict[str, Corpus]:
     `names` are those that a demo: source may have. Raises AtlasError on the first fault.
     """
     corpora = {}
-    for place, row in _load_rows(path, "corpora"):
+    for place, row in load_rows(path, "corpora"):
         corpus = Corpus(**row)
         column = f"{place}, column source"
         scheme, locator = _split(corpus.source)
         if scheme == "demo" and locator not in names:
             raise AtlasError(
-                f"{column}: there is no demo text {locator}{_suggest(locator, names)}; they are {', '.join(names)}."
+                f"{column}: there is no demo text {locator}{suggest(locator, names)}; they are {', '.join(names)}."
             )
         _check_data_set(place, corpus)
         if scheme == "file" and not Path(locator).is_file():

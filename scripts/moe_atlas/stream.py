@@ -5,10 +5,12 @@ out: once up to the last layer, to record what each layer is called with (masks,
 tokens), once, if logits are wanted, to hand the last hidden states to the final norm and the head. In
 between, layer after layer gets its tensors, sees all batches, and gives its memory back. What lies outside
 the layers is read when it is first called. So one pass reads each byte of the checkpoint once, in about the
-order of its files, and memory holds one layer, the one being read ahead, and the hidden states.
+order of its files, and memory holds one layer, the one being read ahead, and hidden states up to a bound: the
+rest of them lies in a file (spill.py).
 """
 
 import contextlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from moe_atlas.architectures.config import read_config
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError, first_line
 from moe_atlas.memory import return_large_blocks
+from moe_atlas.spill import MEMORY_BYTES, Interned, Spill
 
 _LAYER_LISTS = ("layers", "blocks")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,7 +85,6 @@ class _Batch:
     """One batch on its way through the layers."""
 
     input_ids: torch.Tensor  # (b, t)
-    hidden: torch.Tensor | None = None  # (b, t, d), input of the next layer
     calls: list[tuple[tuple, dict]] = field(default_factory=list)  # what each layer is called with
     stand_in: torch.Tensor | None = None  # what a layer seems to return while the calls are recorded
 
@@ -100,11 +102,19 @@ class LayerStream:
                     stream.step(batch)    # hidden states (b, t, d) after the layer
         logits = stream.logits(0)         # (b, t, vocabulary)
 
-    Padding needs no mask: it comes after a row's tokens, and attention is causal.
+    Padding needs no mask: it comes after a row's tokens, and attention is causal. Hidden states (b, t, d) that
+    do not fit into MEMORY_BYTES lie in a nameless file in `spill_directory`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str = "auto", device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str = "auto",
+        device: str | torch.device = "cpu",
+        spill_directory: str | os.PathLike | None = None,
+    ):
         return_large_blocks()
+        self.spill_directory = spill_directory
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.config = read_config(checkpoint.directory)
         self.model = skeleton(self.config, run_dtype(dtype, self.config, checkpoint))
@@ -190,18 +200,21 @@ class LayerStream:
     def begin(self, batches: list[torch.Tensor]) -> None:
         """Embed the batches and record what each layer will be called with."""
         self._batches = [_Batch(ids.to(self.device)) for ids in batches]
+        self._hidden = Spill(self.spill_directory, MEMORY_BYTES.get(self.device.type, MEMORY_BYTES["cuda"]))
+        interned = Interned()
         # Some decoders look at the embeddings' weight before they call the module.
         self._fill(self.model.get_input_embeddings())
         self._fill_decoder()
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches):
 
-            def record(index, hidden, *args, _batch=batch, **kwargs):
+            def record(index, hidden, *args, _batch=batch, _number=number, **kwargs):
                 if index == 0:
+                    self._hidden.put(_number, hidden)
                     # Layers are stood in for by NaN: what depends on them shows.
-                    _batch.hidden, _batch.stand_in = hidden, torch.full_like(hidden, torch.nan)
-                elif hidden is not _batch.stand_in or _holds_nan(args, kwargs):
+                    _batch.stand_in = torch.full_like(hidden, torch.nan)
+                elif not _is_same(hidden, _batch.stand_in) or _holds_nan(args, kwargs):
                     raise self._entangled()
-                _batch.calls.append((args, kwargs))
+                _batch.calls.append(interned((args, kwargs)))
                 if index == len(self) - 1:
                     raise _LayersReached
                 return _batch.stand_in
@@ -250,28 +263,33 @@ class LayerStream:
     @torch.no_grad()
     def step(self, batch: int) -> torch.Tensor:
         """Send one batch through the layer in memory; hidden states (b, t, d) after it."""
-        state = self._batches[batch]
-        args, kwargs = state.calls[self._current]
-        hidden = self.layers[self._current](state.hidden, *args, **kwargs)
+        args, kwargs = self._batches[batch].calls[self._current]
+        hidden = self.layers[self._current](self._hidden.get(batch), *args, **kwargs)
         if not isinstance(hidden, torch.Tensor):
             raise self._entangled()
-        state.hidden = hidden
+        self._hidden.put(batch, hidden)
         return hidden
 
     @torch.no_grad()
     def logits(self, batch: int) -> torch.Tensor:
         """Logits (b, t, vocabulary) of one batch after all layers."""
-        state = self._batches[batch]
-        stand_in = torch.full_like(state.hidden, torch.nan)
+        hidden = self._hidden.get(batch)
+        stand_in = torch.full_like(hidden, torch.nan)
 
         def last(index, *_args, **_kwargs):
-            return state.hidden if index == len(self) - 1 else stand_in
+            return hidden if index == len(self) - 1 else stand_in
 
         with self._without_layers(last):
-            logits = self.model(input_ids=state.input_ids, use_cache=False).logits
+            logits = self.model(input_ids=self._batches[batch].input_ids, use_cache=False).logits
         if _holds_nan(logits):
             raise self._entangled()
         return logits
+
+
+def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are one, or a view of all of it."""
+    places = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in (first, second)]
+    return places[0] == places[1]
 
 
 def _holds_nan(*values) -> bool:

@@ -1,6 +1,7 @@
 """Texts to token ids with a checkpoint's own tokenizer, special tokens at its default."""
 
 import os
+from collections.abc import Iterator, Sequence
 
 import polars as pl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -9,6 +10,7 @@ from moe_atlas.errors import AtlasError, first_line
 
 # How byte-level BPE and SentencePiece write a leading space.
 _SPACE_MARKS = ("Ġ", "▁")
+_SEQUENCES = 64  # of one frame
 
 
 def load_tokenizer(directory: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -26,22 +28,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return [tokenizer.encode(text) for text in texts]
 
 
-def token_table(
-    tokenizer: PreTrainedTokenizerBase, sequences: list[list[int]], model: str, corpus: str
-) -> pl.DataFrame:
-    """The table `tokens`: one row a token, in order of sequence and position."""
+def token_frames(
+    tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]], model: str, corpus: str
+) -> Iterator[pl.DataFrame]:
+    """The table `tokens`: one row a token, in order of sequence and position; a frame has some thousand rows."""
     texts = {index: _text(tokenizer, index) for index in sorted({index for ids in sequences for index in ids})}
-    ids = [index for sequence in sequences for index in sequence]
-    return pl.DataFrame(
-        {
-            "model": [model] * len(ids),
-            "corpus": [corpus] * len(ids),
-            "sequence": [number for number, sequence in enumerate(sequences) for _ in sequence],
-            "position": [position for sequence in sequences for position in range(len(sequence))],
-            "token_id": ids,
-            "token": [texts[index] for index in ids],
-        }
-    )
+    for first in range(0, len(sequences), _SEQUENCES):
+        part = sequences[first : first + _SEQUENCES]
+        ids = [index for sequence in part for index in sequence]
+        frame = pl.DataFrame(
+            {
+                "sequence": [number for number, sequence in enumerate(part, start=first) for _ in sequence],
+                "position": [position for sequence in part for position in range(len(sequence))],
+                "token_id": ids,
+                "token": [texts[index] for index in ids],
+            },
+            schema={"sequence": pl.Int64, "position": pl.Int64, "token_id": pl.Int64, "token": pl.String},
+        )
+        yield frame.with_columns(model=pl.lit(model), corpus=pl.lit(corpus))
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, index: int) -> str:

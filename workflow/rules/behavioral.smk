@@ -1,7 +1,7 @@
 # Behavioral statistics: what the experts do on a corpus.
 #
 # Inputs    results/models/{model}/checkpoint.json and the weights it names; results/corpora/{corpus}.parquet
-# Outputs   results/models/{model}/behavioral/{corpus}/{activations.safetensors,*.parquet}
+# Outputs   results/models/{model}/behavioral/{corpus}/{activations.safetensors,intermediate.safetensors,*.parquet}
 # Cost      one forward pass a corpus, every expert on every token, on the row's GPUs or on the CPU; seconds for the
 #           tables. The activations are sums that every table is made from, so that a new table needs no new pass.
 rule extract_activations:
@@ -14,6 +14,7 @@ rule extract_activations:
     output:
         activations="results/models/{model}/behavioral/{corpus}/activations.safetensors",
         tokens="results/models/{model}/behavioral/{corpus}/tokens.parquet",
+        intermediate="results/models/{model}/behavioral/{corpus}/intermediate.safetensors",
     log:
         "results/logs/extract_activations/{model}/{corpus}.log",
     benchmark:
@@ -39,7 +40,8 @@ rule extract_activations:
         exec >{log:q} 2>&1
         python {input.code:q} --model {wildcards.model:q} --corpus {wildcards.corpus:q} --kind {params.kind:q} \
             --checkpoint {input.checkpoint:q} {params.dense:q} --corpus-file {input.corpus:q} --dtype {params.dtype:q} \
-            --device {params.device:q} --activations {output.activations:q} --tokens {output.tokens:q}
+            --device {params.device:q} --activations {output.activations:q} --tokens {output.tokens:q} \
+            --intermediate {output.intermediate:q}
         """
 
 
@@ -52,8 +54,12 @@ rule long_tables:
     output:
         load="results/models/{model}/behavioral/{corpus}/load.parquet",
         rank_counts="results/models/{model}/behavioral/{corpus}/rank_counts.parquet",
+        norm_score_cross="results/models/{model}/behavioral/{corpus}/norm_score_cross.parquet",
         output_similarity="results/models/{model}/behavioral/{corpus}/output_similarity.parquet",
         router_rule="results/models/{model}/behavioral/{corpus}/router_rule.parquet",
+        activation_ratio="results/models/{model}/behavioral/{corpus}/activation_ratio.parquet",
+        documents="results/models/{model}/behavioral/{corpus}/documents.parquet",
+        specialization="results/models/{model}/behavioral/{corpus}/specialization.parquet",
     log:
         "results/logs/long_tables/{model}/{corpus}.log",
     benchmark:
@@ -70,8 +76,10 @@ rule long_tables:
         """
         exec >{log:q} 2>&1
         python {input.code[0]:q} --activations {input.activations:q} --tokens {input.tokens:q} \
-            --load {output.load:q} --rank-counts {output.rank_counts:q} --output-similarity {output.output_similarity:q} \
-            --router-rule {output.router_rule:q}
+            --load {output.load:q} --norm-score-cross {output.norm_score_cross:q} \
+            --rank-counts {output.rank_counts:q} --output-similarity {output.output_similarity:q} \
+            --activation-ratio {output.activation_ratio:q} --documents {output.documents:q} \
+            --router-rule {output.router_rule:q} --specialization {output.specialization:q}
         """
 
 
@@ -81,14 +89,20 @@ rule short_tables:
         code=code("scripts/behavioral_tables.py"),
         activations="results/models/{model}/behavioral/{corpus}/activations.safetensors",
         tokens="results/models/{model}/behavioral/{corpus}/tokens.parquet",
+        states="results/models/{model}/behavioral/{corpus}/intermediate.safetensors",
     output:
         load="results/models/{model}/behavioral/{corpus}/load.parquet",
         rank_counts="results/models/{model}/behavioral/{corpus}/rank_counts.parquet",
+        norm_score_cross="results/models/{model}/behavioral/{corpus}/norm_score_cross.parquet",
         output_similarity="results/models/{model}/behavioral/{corpus}/output_similarity.parquet",
         router_rule="results/models/{model}/behavioral/{corpus}/router_rule.parquet",
+        activation_ratio="results/models/{model}/behavioral/{corpus}/activation_ratio.parquet",
+        documents="results/models/{model}/behavioral/{corpus}/documents.parquet",
+        specialization="results/models/{model}/behavioral/{corpus}/specialization.parquet",
         routing="results/models/{model}/behavioral/{corpus}/routing.parquet",
         norm_score="results/models/{model}/behavioral/{corpus}/norm_score.parquet",
         output_similarity_tokens="results/models/{model}/behavioral/{corpus}/output_similarity_tokens.parquet",
+        intermediate="results/models/{model}/behavioral/{corpus}/intermediate.parquet",
     log:
         "results/logs/short_tables/{model}/{corpus}.log",
     benchmark:
@@ -105,7 +119,11 @@ rule short_tables:
         """
         exec >{log:q} 2>&1
         python {input.code[0]:q} --activations {input.activations:q} --tokens {input.tokens:q} \
-            --load {output.load:q} --rank-counts {output.rank_counts:q} --output-similarity {output.output_similarity:q} \
+            --load {output.load:q} --norm-score-cross {output.norm_score_cross:q} \
+            --rank-counts {output.rank_counts:q} --output-similarity {output.output_similarity:q} \
+            --activation-ratio {output.activation_ratio:q} --documents {output.documents:q} \
             --router-rule {output.router_rule:q} --routing {output.routing:q} --norm-score {output.norm_score:q} \
-            --output-similarity-tokens {output.output_similarity_tokens:q}
+            --output-similarity-tokens {output.output_similarity_tokens:q} \
+            --states {input.states:q} --intermediate {output.intermediate:q} \
+            --specialization {output.specialization:q}
         """

@@ -9,11 +9,15 @@ sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
 from snakemake.exceptions import WorkflowError
 
 from moe_atlas import sheets
+from moe_atlas.claims.judge import TABLES as JUDGED_TABLES
+from moe_atlas.claims.published import TABLES as PUBLISHED_TABLES
+from moe_atlas.claims.published import load_published
+from moe_atlas.claims.sheet import load_claims
 from moe_atlas.corpora.demo import DEMO_CORPORA
 from moe_atlas.errors import AtlasError
 from moe_atlas.plotting.registry import COMPARISONS
 from moe_atlas.sources import sources
-from moe_atlas.tables import TABLES
+from moe_atlas.tables import ACROSS, TABLES
 from moe_atlas.training import recipes
 
 # Rules call `python`: without conda it is the one that runs Snakemake. Jobs never ask the Hub.
@@ -29,7 +33,9 @@ METHODS = {
     "train_demo_checkpoint": 1,
     "describe_checkpoint": 2,
     "weight_similarity": 1,
-    "extract_activations": 2,
+    "neuron_matching": 1,
+    "project_experts": 1,
+    "extract_activations": 3,
 }
 
 
@@ -40,6 +46,8 @@ def load_sheets():
         recipe_list = recipes.load()
         models = sheets.load_models(checked["models"], list(recipe_list))
         corpora = sheets.load_corpora(checked["corpora"], DEMO_CORPORA)
+        load_claims(checked["claims"])
+        load_published(checked["published"])
     except AtlasError as error:
         raise WorkflowError(str(error)) from None
     return checked, models, corpora, recipe_list
@@ -47,7 +55,8 @@ def load_sheets():
 
 CONFIG, MODELS, CORPORA, RECIPES = load_sheets()
 KINDS = {corpus.corpus: corpus.kind for corpus in CORPORA.values()}
-RECORDED = ("activations.safetensors", "tokens.parquet")  # what a pass over a corpus writes
+# What a pass over a corpus writes; the intermediate states of a long corpus are a file without tensors.
+RECORDED = ("activations.safetensors", "tokens.parquet", "intermediate.safetensors")
 
 
 def one_of(names):

@@ -1,7 +1,7 @@
 # Fetch, use, delete: a model of the Hub that is larger than the disk (keep is false in its row).
 #
 # Inputs    the Hub; results/corpora/{corpus}.parquet of every corpus; the description of the dense reference
-# Outputs   what download_checkpoint, weight_similarity and extract_activations make for a model that is kept
+# Outputs   what download_checkpoint, the weight statistics and extract_activations make for a kept model
 # Cost      one download and one forward pass over all corpora together; at most three shards in results/shards/{model}.
 #           It needs the network where it runs, and starts anew when a corpus is added.
 rule fetch_use_delete:
@@ -13,6 +13,9 @@ rule fetch_use_delete:
     output:
         checkpoint="results/models/{model}/checkpoint.json",
         similarity="results/models/{model}/parametric/similarity.parquet",
+        matching="results/models/{model}/parametric/matching.parquet",
+        projection="results/models/{model}/parametric/projection.parquet",
+        explained="results/models/{model}/parametric/explained_variance.parquet",
         behavioral=expand("results/models/{{model}}/behavioral/{corpus}/{file}", corpus=CORPORA, file=RECORDED),
     log:
         "results/logs/fetch_use_delete/{model}.log",
@@ -36,12 +39,32 @@ rule fetch_use_delete:
         dtype=lambda wildcards: model(wildcards).dtype,
         dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
         corpora=corpus_options,
+        layers=lambda wildcards: model(wildcards).matching_layers,
+        most_layers=CONFIG["matching_max_layers"],
+        most_pairs=CONFIG["matching_max_pairs"],
+        most_neurons=CONFIG["projection_max_neurons"],
+        eps=CONFIG["dbscan_eps"],
+        min_samples=CONFIG["dbscan_min_samples"],
         device=device,
-        methods=[METHODS[name] for name in ("describe_checkpoint", "weight_similarity", "extract_activations")],
+        methods=[
+            METHODS[name]
+            for name in (
+                "describe_checkpoint",
+                "weight_similarity",
+                "neuron_matching",
+                "project_experts",
+                "extract_activations",
+            )
+        ],
     shell:
         """
         HF_HUB_OFFLINE=0 python {input.code:q} --model {wildcards.model:q} --repository {params.repository:q} \
             --revision {params.revision:q} {params.dense:q} --dtype {params.dtype:q} --device {params.device:q} \
             --shards results/shards/{wildcards.model:q} {params.corpora:q} --similarity {output.similarity:q} \
+            --matching {output.matching:q} --matching-layers={params.layers:q} \
+            --matching-max-layers {params.most_layers:q} --matching-max-pairs {params.most_pairs:q} \
+            --projection-max-neurons {params.most_neurons:q} --dbscan-eps {params.eps:q} \
+            --dbscan-min-samples {params.min_samples:q} --projection {output.projection:q} \
+            --explained-variance {output.explained:q} \
             --output {output.checkpoint:q} 2>&1 | tee {log:q} >&2
         """

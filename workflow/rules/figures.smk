@@ -19,7 +19,9 @@ for name, declared in EXPERIMENTS.items():
             overview=report(
                 "results/figures/{model}/{experiment}/overview.png",
                 caption=f"../report/{name}.rst",
-                category="Behavior on text" if declared.kinds else "Weights",
+                category=(
+                    "Weights" if TABLES[declared.tables[0]].path.startswith("parametric/") else "Behavior on text"
+                ),
                 subcategory=declared.title,
                 labels={"model": "{model}", "experiment": "{experiment}"},
             ),

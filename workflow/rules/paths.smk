@@ -69,8 +69,8 @@ def model_tables(name, table):
 
 
 def tables_of(name, corpus_tables):
-    """All tables of one model: those of the corpora, or those of the weights."""
-    chosen = [table for table, declared in TABLES.items() if bool(declared.kinds) == corpus_tables]
+    """All tables of one model: those of what it does on corpora, or those of the weights."""
+    chosen = [table for table, declared in TABLES.items() if declared.path.startswith("behavioral/") == corpus_tables]
     return [path for table in chosen for path in model_tables(name, table)]
 
 
@@ -83,9 +83,24 @@ def corpus_options(wildcards):
     return [part for row in rows for part in ("--corpus", *row)]
 
 
+def series_runs():
+    """[series, model, corpus, routing, load, tokens]: each short corpus of each model that shares its series."""
+    series = [row.series for row in MODELS.values() if row.series]
+    return [
+        [row.series, name, corpus]
+        + [
+            f"results/models/{name}/{TABLES[table].path.format(corpus=corpus)}"
+            for table in ("routing", "load", "tokens")
+        ]
+        for name, row in MODELS.items()
+        if series.count(row.series) > 1
+        for corpus in corpora_of(["short"])
+    ]
+
+
 def all_tables():
-    """Tables that exist for at least one corpus of the sheet."""
-    return [table for table, declared in TABLES.items() if not declared.kinds or corpora_of(declared.kinds)]
+    """Tables of results/tables/: those that exist for at least one corpus of the sheet, and those across models."""
+    return [table for table, declared in TABLES.items() if not declared.kinds or corpora_of(declared.kinds)] + [*ACROSS]
 
 
 def experiments():

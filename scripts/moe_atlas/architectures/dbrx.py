@@ -8,7 +8,7 @@ from torch import nn
 from transformers.models.dbrx import modeling_dbrx
 
 from moe_atlas.architectures.bank import ExpertBank
-from moe_atlas.architectures.sites import ExpertSite, Observer
+from moe_atlas.architectures.sites import Answer, ExpertSite, Observer
 
 
 class DbrxSite(ExpertSite):
@@ -23,17 +23,17 @@ class DbrxSite(ExpertSite):
         """One of the three matrices as (N, m, d)."""
         return getattr(self.experts.mlp, name).view(self.num_experts, self.width, self.hidden)
 
-    def evaluate(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Outputs (N, T, d) of all experts on inputs (T, d)."""
+    def answer(self, inputs: torch.Tensor) -> Answer:
         act, up = (torch.matmul(inputs, self._stack(name).transpose(1, 2)) for name in ("w1", "v1"))
-        return torch.matmul(self.experts.mlp.activation_fn(act) * up, self._stack("w2"))
+        activation = self.experts.mlp.activation_fn(act)
+        return torch.matmul(activation * up, self._stack("w2")), activation
 
     def forward(
         self, observer: Observer, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         inputs = hidden_states.reshape(-1, self.hidden)
         numbers = self.num_experts * (3 * self.width + 2 * self.hidden)
-        mixture = self._mixture(observer, inputs, ids, weights, lambda tokens: self.evaluate(inputs[tokens]), numbers)
+        mixture = self._mixture(observer, inputs, ids, weights, lambda tokens: self.answer(inputs[tokens]), numbers)
         return mixture.view_as(hidden_states)
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ _GATED = (("up_proj", "gate_proj", "down_proj"), ("w3", "w1", "w2"))
 _FUSED = (("input_linear", "output_linear"), ("gate_up_proj", "down_proj"))
 # (up, down) of an FFN without a gate branch.
 _PLAIN = (("up_proj", "down_proj"),)
+_FUNCTIONS = ("act_fn", "activation_fn", "activation")
 
 
 def _maps(module: nn.Module) -> list[nn.Linear]:
@@ -30,6 +31,23 @@ def is_ffn(module: nn.Module) -> bool:
 def input_width(module: nn.Module) -> int:
     """Width d of the inputs of a module for which is_ffn holds."""
     return _maps(module)[0].in_features
+
+
+def ffn_activation(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
+    """sigma(W_act x) of a module for which is_ffn holds, (T, d) -> (T, m), or sigma(W_up x) without a gate branch.
+
+    None where the module gives its activation function no name that is known.
+    """
+    maps = _maps(module)
+    functions = (getattr(module, name, None) for name in _FUNCTIONS)
+    function = next((found for found in functions if callable(found)), None)
+    if function is None:
+        return None
+    if len(maps) == 3:
+        return function(maps[1](inputs))
+    first, down = maps
+    result = first(inputs)
+    return function(result if first.out_features == down.in_features else result.chunk(2, dim=-1)[0])
 
 
 def ffn_view(module: nn.Module) -> FFN:

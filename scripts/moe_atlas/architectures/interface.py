@@ -9,7 +9,7 @@ from torch import nn
 from moe_atlas.architectures import internals
 from moe_atlas.architectures.bank import ExpertBank
 from moe_atlas.architectures.ffn import ffn_view, input_width, is_ffn
-from moe_atlas.architectures.sites import ExpertSite, Observer
+from moe_atlas.architectures.sites import Answer, ExpertSite, Observer
 from moe_atlas.errors import AtlasError
 
 # What the families call the router, as a child of the module that holds the experts.
@@ -37,22 +37,36 @@ class InterfaceSite(ExpertSite):
         result = torch.matmul(inputs, weight)
         return result + getattr(self.experts, f"{name}_bias")[:, None] if self.experts.has_bias else result
 
-    def evaluate(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Outputs (N, T, d) of all experts on inputs (T, d)."""
+    def answer(self, inputs: torch.Tensor) -> Answer:
         experts = self.experts
-        if experts.has_gate:
-            hidden = experts._apply_gate(self._linear("gate_up_proj", inputs))
+        if not experts.has_gate:
+            hidden = activation = experts.act_fn(self._linear("up_proj", inputs))
         else:
-            hidden = experts.act_fn(self._linear("up_proj", inputs))
+            hidden, activation = self._gated(self._linear("gate_up_proj", inputs))
         outputs = self._linear("down_proj", hidden)
-        return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
+        return (experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs), activation
+
+    def _gated(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gate branch times up, and the gate branch alone, of both (N, T, 2m): each (N, T, m)."""
+        experts = self.experts
+        if internals.has_plain_gate(experts):
+            gate, up = both.chunk(2, dim=-1)
+            activation = experts.act_fn(gate)
+            return activation * up, activation
+        # A family's own function of gate and up is linear in up, or in up + 1 as in gpt-oss, up to a bound on up.
+        hidden, both = experts._apply_gate(both), both.clone()
+        up = both.unflatten(-1, (2, -1))[..., 1, :] if experts.is_concatenated else both[..., 1::2]
+        up.fill_(1.0)
+        activation = experts._apply_gate(both)
+        up.fill_(0.0)
+        return hidden, activation - experts._apply_gate(both)
 
     @contextlib.contextmanager
     def _attached(self, observer: Observer) -> Iterator[None]:
-        numbers = self.num_experts * (3 * self.width + 6 * self.hidden)
+        numbers = self.num_experts * (4 * self.width + 6 * self.hidden)
 
         def experts_function(inputs, ids, weights):
-            return self._mixture(observer, inputs, ids, weights, lambda tokens: self.evaluate(inputs[tokens]), numbers)
+            return self._mixture(observer, inputs, ids, weights, lambda tokens: self.answer(inputs[tokens]), numbers)
 
         with internals.observing(self.experts, experts_function):
             yield

@@ -17,7 +17,7 @@ from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
     rename_source_key,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
@@ -51,6 +51,11 @@ def observing(experts: nn.Module, function: Callable) -> Iterator[None]:
 def uses_experts_interface(module: nn.Module) -> bool:
     """Whether transformers sends this module's forward through ALL_EXPERTS_FUNCTIONS."""
     return hasattr(type(module), "_apply_gate") and hasattr(module, "is_transposed")
+
+
+def has_plain_gate(experts: nn.Module) -> bool:
+    """Whether a gated experts module computes act_fn(gate) * up on the two halves of its first map, as most do."""
+    return type(experts)._apply_gate is _default_apply_gate
 
 
 def make_buffers(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.jetmoe import modeling_jetmoe
 
 from moe_atlas.architectures.bank import ExpertBank
-from moe_atlas.architectures.sites import ExpertSite, Observer
+from moe_atlas.architectures.sites import Answer, ExpertSite, Observer
 
 
 class _JetMoeSite(ExpertSite):
@@ -58,16 +58,16 @@ class JetMoeFFNSite(_JetMoeSite):
 
     name = "ffn"
 
-    def evaluate(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Outputs (N, T, d) of all experts on inputs (T, d)."""
+    def answer(self, inputs: torch.Tensor) -> Answer:
         act, up = self.first_maps(inputs).chunk(2, dim=-1)
-        return self.second_maps(self.module.activation(act) * up)
+        activation = self.module.activation(act)
+        return self.second_maps(activation * up), activation.transpose(0, 1)
 
     def forward(self, observer: Observer, layer_input: torch.Tensor) -> torch.Tensor:
         inputs = layer_input.reshape(-1, layer_input.shape[-1])
         _, ids, weights = self.route(inputs)
         numbers = self.num_experts * (2 * self.first.output_size + self.second.output_size)
-        mixture = self._mixture(observer, inputs, ids, weights, lambda tokens: self.evaluate(inputs[tokens]), numbers)
+        mixture = self._mixture(observer, inputs, ids, weights, lambda tokens: self.answer(inputs[tokens]), numbers)
         return mixture.view_as(layer_input) + self.module.bias
 
     def bank(self) -> ExpertBank:
@@ -102,7 +102,11 @@ class JetMoeAttentionSite(_JetMoeSite):
         logits, ids, weights = self.route(inputs)
         read = self.all_heads(hidden_states, **kwargs)
         numbers = self.num_experts * (self.first.output_size + self.second.output_size)
-        mixture = self._mixture(observer, inputs, ids, weights, lambda tokens: self.second_maps(read[tokens]), numbers)
+
+        def answer(tokens: torch.Tensor) -> Answer:
+            return self.second_maps(read[tokens]), None
+
+        mixture = self._mixture(observer, inputs, ids, weights, answer, numbers)
         return mixture.view_as(hidden_states) + self.experts.bias, None, logits
 
 

@@ -13,7 +13,7 @@ from transformers.models.llama4 import modeling_llama4
 
 from moe_atlas.architectures.bank import ExpertBank
 from moe_atlas.architectures.ffn import ffn_view
-from moe_atlas.architectures.sites import ExpertSite, Observer
+from moe_atlas.architectures.sites import Answer, ExpertSite, Observer
 
 
 class Llama4Site(ExpertSite):
@@ -38,13 +38,14 @@ class Llama4Site(ExpertSite):
         values, ids = logits.topk(self.top_k, dim=1)
         return logits, ids, torch.sigmoid(values.float()).to(inputs.dtype)
 
-    def _expert(self, inputs: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., d) through weights (..., d, 2m) and (..., m, d): (..., d)."""
+    def _expert(self, inputs: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> Answer:
+        """Inputs (..., d) through weights (..., d, 2m) and (..., m, d): (..., d), and the activation (..., m)."""
         gate, up = torch.matmul(inputs, first).chunk(2, dim=-1)
-        return torch.matmul(up * self.experts.act_fn(gate), second)
+        activation = self.experts.act_fn(gate)
+        return torch.matmul(up * activation, second), activation
 
-    def evaluate(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Outputs (N, T, d) of all experts on inputs (T, d), unscaled."""
+    def answer(self, inputs: torch.Tensor) -> Answer:
+        """On the unscaled inputs."""
         return self._expert(inputs, self.experts.gate_up_proj, self.experts.down_proj)
 
     def chosen(self, inputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -53,7 +54,8 @@ class Llama4Site(ExpertSite):
         for expert in ids.unique().tolist():
             rows, slots = torch.where(ids == expert)
             scaled = inputs[rows] * weights[rows, slots, None]
-            mixture[rows] += self._expert(scaled, self.experts.gate_up_proj[expert], self.experts.down_proj[expert])
+            weights_of = self.experts.gate_up_proj[expert], self.experts.down_proj[expert]
+            mixture[rows] += self._expert(scaled, *weights_of)[0]
         return mixture
 
     def forward(self, observer: Observer, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +67,7 @@ class Llama4Site(ExpertSite):
             inputs,
             ids,
             weights,
-            lambda tokens: self.evaluate(inputs[tokens]),
+            lambda tokens: self.answer(inputs[tokens]),
             self.num_experts * (3 * width + 2 * hidden),
             lambda tokens: self.chosen(inputs[tokens], ids[tokens], weights[tokens]),
         )

@@ -21,6 +21,9 @@ from moe_atlas.errors import AtlasError
 
 # Numbers that evaluating all experts on one chunk of tokens may hold at a time (256 MiB in float32).
 CHUNK_NUMBERS = 64 << 20
+# Tokens of a chunk: more at a time are no faster, and make the peak of memory higher.
+CHUNK_TOKENS = 1024
+Answer = tuple[torch.Tensor, torch.Tensor | None]  # outputs (N, T, d) of all experts, activation (N, T, m)
 
 
 class Observer(Protocol):
@@ -37,12 +40,14 @@ class Observer(Protocol):
         ids: torch.Tensor,
         weights: torch.Tensor,
         outputs: torch.Tensor,
+        activation: torch.Tensor | None,
     ) -> None:
         """Take one chunk of c tokens.
 
         tokens (c,) their indices; inputs (c, d) what the experts see; logits (c, N) float32 of the
         router, on what the router sees; ids (c, k) and weights (c, k) as the model applies them, an id
-        of N is an empty slot; outputs (N, c, d) of every expert, before the weight.
+        of N is an empty slot; outputs (N, c, d) of every expert, before the weight; activation (N, c, m)
+        of their act branch, before the product with up, or None for experts that have none.
         """
 
 
@@ -52,12 +57,14 @@ class ExpertSite(ABC):
     Attributes: name ("ffn" or "attention"); num_experts; block, the module that holds router and experts; router,
     the module with the weight (R, r) that makes the logits, of which the first N of R rows are the experts'; shared,
     the module of the shared expert or None, which gives its output before any gate of its own. While the site is
-    observed, own_logits (T, N) are the router's own, in the dtype it computes them in, or None if it gives none.
+    observed, own_logits (T, N) are the router's own, in the dtype it computes them in, or None if it gives none,
+    and routed (T, r) is what the router saw.
     """
 
     name = "ffn"
     shared: nn.Module | None = None
     own_logits: torch.Tensor | None = None
+    routed: torch.Tensor | None = None
     num_experts: int
     block: nn.Module
     router: nn.Module
@@ -82,6 +89,18 @@ class ExpertSite(ABC):
         """The weights of the site as an ExpertBank."""
         raise AtlasError(f"the weights of {self.name} experts have no view of up, act and down.")
 
+    def answer(self, inputs: torch.Tensor) -> Answer:
+        """What all experts make of inputs (T, d): outputs before any weight, and the activation sigma(W_act x)."""
+        raise AtlasError(f"{self.name} experts do not answer to single tokens.")
+
+    def evaluate(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Outputs (N, T, d) of all experts on inputs (T, d)."""
+        return self.answer(inputs)[0]
+
+    def activation(self, inputs: torch.Tensor) -> torch.Tensor | None:
+        """sigma(W_act x) of all experts, (N, T, m), before the product with up; sigma(W_up x) without a gate branch."""
+        return self.answer(inputs)[1]
+
     @abstractmethod
     def _attached(self, observer: Observer) -> AbstractContextManager[None]:
         """Let the experts be computed by `_mixture` while the block runs."""
@@ -101,7 +120,7 @@ class ExpertSite(ABC):
                 yield
         finally:
             handle.remove()
-            self._call = self.own_logits = None
+            self._call = self.own_logits = self.routed = None
 
     def _mixture(
         self,
@@ -109,26 +128,28 @@ class ExpertSite(ABC):
         inputs: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        evaluate: Callable[[torch.Tensor], torch.Tensor],
+        answer: Callable[[torch.Tensor], Answer],
         numbers_per_token: int,
         combine: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Evaluate all experts in token chunks, show them to the observer, return the mixture (T, d).
 
-        `evaluate(tokens)` gives (N, c, d) for indices (c,). Padding gets zeros: nothing attends to it.
+        `answer(tokens)` gives what all experts make of the tokens at indices (c,). Padding gets zeros: nothing
+        attends to it.
         `combine(tokens)` gives the mixture (c, d) where it is not `mix` of the outputs.
         """
         # A router that is not called as a module of its own sees what the experts see.
-        routed, output = (inputs, None) if self._call is None else self._call
-        logits = self.logits(routed)
+        self.routed, output = (inputs, None) if self._call is None else self._call
+        logits = self.logits(self.routed)
         self.own_logits = None if output is None else routers.logits_of(output, logits)
         self._call = None
         mixture = torch.zeros_like(inputs)
-        for tokens in observer.tokens().split(max(1, CHUNK_NUMBERS // numbers_per_token)):
-            outputs = evaluate(tokens)
+        for tokens in observer.tokens().split(min(CHUNK_TOKENS, max(1, CHUNK_NUMBERS // numbers_per_token))):
+            outputs, activation = answer(tokens)
             mixed = mix(outputs, ids[tokens], weights[tokens]) if combine is None else combine(tokens)
             mixture[tokens] = mixed.to(inputs.dtype)
-            observer.record(tokens, inputs[tokens], logits[tokens], ids[tokens], weights[tokens], outputs)
+            seen = inputs[tokens], logits[tokens], ids[tokens], weights[tokens]
+            observer.record(tokens, *seen, outputs, activation)
         return mixture
 
 

@@ -13,7 +13,9 @@ import polars as pl
 
 from moe_atlas import tables
 from moe_atlas.behavioral.activations import Activations, Arrays
+from moe_atlas.behavioral.documents import activation_ratio, documents
 from moe_atlas.behavioral.router_rule import router_rule
+from moe_atlas.behavioral.specialization import flags_by_layer, specialization
 from moe_atlas.errors import AtlasError
 
 
@@ -67,6 +69,7 @@ def load(arrays: Arrays, labels: list[str]) -> pl.DataFrame:
             "expert": _names(labels, np.repeat(np.arange(experts), top_k)),
             "rank": np.tile(np.arange(top_k), experts),
             "tokens": arrays["load_tokens"].ravel(),
+            "tokens_first": arrays["load_tokens_first"].ravel(),
             "weight_sum": arrays["load_weight"].ravel(),
         }
     )
@@ -97,7 +100,27 @@ def rank_counts(arrays: Arrays, labels: list[str]) -> pl.DataFrame:
     """Counts at every pair of score rank and norm rank, zeros included (appendix G)."""
     counts = arrays["rank_counts"]
     score_rank, norm_rank = np.indices(counts.shape)
-    return pl.DataFrame({"score_rank": score_rank.ravel(), "norm_rank": norm_rank.ravel(), "count": counts.ravel()})
+    return pl.DataFrame(
+        {
+            "score_rank": score_rank.ravel(),
+            "norm_rank": norm_rank.ravel(),
+            "count": counts.ravel(),
+            "count_first": arrays["rank_counts_first"].ravel(),
+        }
+    )
+
+
+def norm_score_cross(arrays: Arrays, labels: list[str]) -> pl.DataFrame:
+    """Sums of norms of experts against scores of experts, each with each (moe_atlas/cross_ranks.py)."""
+    norm_expert, score_expert = np.indices(arrays["cross_rank"].shape)
+    return pl.DataFrame(
+        {
+            "norm_expert": _names(labels, norm_expert.ravel()),
+            "score_expert": _names(labels, score_expert.ravel()),
+            "largest_both": arrays["cross_largest"].ravel(),
+            "rank_product": arrays["cross_rank"].ravel(),
+        }
+    ).with_columns(tokens=pl.lit(int(arrays["cross_tokens"][0]), dtype=pl.Int64))
 
 
 def _moments(total: np.ndarray, squares: np.ndarray, count: int) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -112,9 +135,13 @@ def _moments(total: np.ndarray, squares: np.ndarray, count: int) -> tuple[np.nda
 
 
 def output_similarity(arrays: Arrays, labels: list[str]) -> pl.DataFrame:
-    """Mean and standard deviation over tokens of the pairs' cosine and angular similarity (section 5.1)."""
+    """Mean and standard deviation over tokens of the pairs' cosine and angular similarity (section 5.1).
+
+    Content is all tokens but the first of each sequence; the standard deviation over documents is that of the blocks'
+    means of content tokens. Quantiles are over all tokens, read from a histogram.
+    """
     first, second = np.triu_indices(len(labels))
-    count = int(arrays["tokens"][0])
+    count, content = int(arrays["tokens"][0]), int(arrays["tokens"][0] - arrays["tokens_first"][0])
     columns = {"a": _names(labels, first), "b": _names(labels, second)}
     frame = pl.DataFrame(columns).with_columns(tokens=pl.lit(count, dtype=pl.Int64))
     for measure in ("cosine", "angular"):
@@ -122,7 +149,14 @@ def output_similarity(arrays: Arrays, labels: list[str]) -> pl.DataFrame:
         for name, values in zip(("mean", "sd"), _moments(*sums, count), strict=True):
             column = pl.lit(None, dtype=pl.Float64) if values is None else pl.Series(values)
             frame = frame.with_columns(column.alias(f"{measure}_{name}"))
-    return frame
+    columns = {f"cosine_q{100 * q:02.0f}": quantile(arrays["cosine_histogram"], arrays["cosine_range"], q) for q in QS}
+    for measure in ("cosine", "angular"):
+        sums = (arrays[f"{measure}_sum"] - arrays[f"{measure}_sum_first"])[first, second]
+        columns[f"{measure}_mean_content"] = sums / content if content else np.full(len(first), np.nan)
+    inside = arrays["document_tokens"][0]
+    means = arrays["cosine_block"][inside > 0] / inside[inside > 0, None]
+    columns["cosine_sd_documents"] = means.std(0, ddof=1) if len(means) > 1 else np.full(len(first), np.nan)
+    return frame.with_columns(pl.Series(name, values).fill_nan(None) for name, values in columns.items())
 
 
 def output_similarity_tokens(arrays: Arrays, labels: list[str], tokens: pl.DataFrame) -> pl.DataFrame:
@@ -139,11 +173,34 @@ def output_similarity_tokens(arrays: Arrays, labels: list[str], tokens: pl.DataF
     )
 
 
+QS = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def quantile(counts: np.ndarray, spans: np.ndarray, q: float) -> np.ndarray:
+    """Quantiles (P,) of P series in -1..1 from counts (P, bins) in equal bins and their smallest and largest (P, 2).
+
+    The value of rank ceil(q n), whose bin is known, as if the values of a bin were spread out evenly in it: the error
+    is below 2 / bins. NaN without values.
+    """
+    bins, total = counts.shape[1], counts.sum(1)
+    rank = np.maximum(np.ceil(q * total), 1)
+    reached = counts.cumsum(1)
+    cell = (reached < rank[:, None]).sum(1).clip(max=bins - 1)
+    rows = np.arange(len(counts))
+    inside = counts[rows, cell]
+    place = (rank - (reached[rows, cell] - inside) - 0.5) / np.maximum(inside, 1)
+    values = ((cell + place) * (2 / bins) - 1).clip(spans[:, 0], spans[:, 1])
+    return np.where(total > 0, values, np.nan)
+
+
 FROM_SUMS: dict[str, Callable[[Arrays, list[str]], pl.DataFrame]] = {
     "load": load,
     "rank_counts": rank_counts,
+    "norm_score_cross": norm_score_cross,
     "output_similarity": output_similarity,
     "router_rule": router_rule,
+    "activation_ratio": activation_ratio,
+    "documents": documents,
 }
 FROM_TOKENS: dict[str, Callable[[Arrays, list[str], pl.DataFrame], pl.DataFrame]] = {
     "routing": routing,
@@ -152,12 +209,17 @@ FROM_TOKENS: dict[str, Callable[[Arrays, list[str], pl.DataFrame], pl.DataFrame]
 }
 
 
+# Made from sums too, but with a look at all layers of the model first.
+FROM_LAYERS = {"specialization": specialization}
+
+
 def layers(name: str, activations: Activations, tokens: pl.DataFrame) -> Iterator[pl.DataFrame]:
     """The table `name`, one frame for each layer and site, columns as declared.
 
     Raises AtlasError when the recorded tokens are not those of the table `tokens`.
     """
     metadata = activations.metadata
+    flags = flags_by_layer(activations.each("importance_output_max")) if name in FROM_LAYERS else {}
     for entry, arrays in activations:
         recorded = int(arrays["tokens"][0])
         if recorded != len(tokens) or len(arrays.get("ids", tokens)) != len(tokens):
@@ -165,7 +227,10 @@ def layers(name: str, activations: Activations, tokens: pl.DataFrame) -> Iterato
                 f"{activations.path}: layer {entry['layer']} has {recorded} tokens and tokens.parquet {len(tokens)}; "
                 "they are of different runs, so extract this model and corpus again."
             )
-        if name in FROM_SUMS:
+        if name in FROM_LAYERS:
+            own = flags[entry["layer"], entry["site"]]
+            frame = FROM_LAYERS[name](arrays, entry["labels"], own, entry["layer"])
+        elif name in FROM_SUMS:
             frame = FROM_SUMS[name](arrays, entry["labels"])
         else:
             frame = FROM_TOKENS[name](arrays, entry["labels"], tokens)

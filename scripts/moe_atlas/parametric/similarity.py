@@ -9,16 +9,14 @@ their sums float64: longer float32 sums of squares lose up to 1e-4 of a cosine a
 """
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
 import torch
-from torch import nn
 
 from moe_atlas import tables
 from moe_atlas.architectures.bank import FFN, ExpertBank
-from moe_atlas.architectures.ffn import dense_ffn, ffn_view
-from moe_atlas.architectures.sites import find_sites
 from moe_atlas.errors import AtlasError
 
 REFERENCE, SHARED = "F", "SE"
@@ -39,31 +37,45 @@ def gram_and_means(
     """
     experts, rows, columns = bank.shape
     count = experts + len(extras)
+    gram = torch.zeros(count, count, dtype=torch.float64, device=bank.device)
+    means = torch.zeros(count, columns if mean_axis == 0 else rows, dtype=torch.float64, device=bank.device)
+    for first, part in row_blocks(bank, extras, block):
+        add_products(gram, part.flatten(1))
+        # Mean neurons of upcycled experts differ in the fourth digit, and a regression divides by that.
+        sums = part.double().sum(1 if mean_axis == 0 else 2)
+        if mean_axis == 0:
+            means += sums
+        else:
+            means[:, first : first + part.shape[1]] = sums
+    return gram, means / (rows if mean_axis == 0 else columns)
+
+
+def row_blocks(
+    bank: torch.Tensor, extras: list[torch.Tensor], block: int | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """The same rows of all matrices, block after block: the first row's number and (M, block rows, columns) float32.
+
+    bank: (N, rows, columns); extras: matrices (rows, columns); M = N + len(extras). `block`: as in gram_and_means.
+    The memory is used again for the next block, so that a block may be changed in place.
+    """
+    experts, rows, columns = bank.shape
+    count = experts + len(extras)
     if block is None:
         block = _BLOCK_GPU if bank.is_cuda else _BLOCK_CPU
     # A block is a whole number of dot products, so that its size does not move their boundaries.
     whole = _TERMS // math.gcd(_TERMS, columns)
     step = min(rows, max(1, block // (count * columns * whole)) * whole)
     buffer = torch.empty(count, step, columns, dtype=torch.float32, device=bank.device)
-    gram = torch.zeros(count, count, dtype=torch.float64, device=bank.device)
-    means = torch.zeros(count, columns if mean_axis == 0 else rows, dtype=torch.float64, device=bank.device)
     for first in range(0, rows, step):
         last = min(rows, first + step)
         part = buffer[:, : last - first]
         part[:experts].copy_(bank[:, first:last])
         for row, extra in enumerate(extras, start=experts):
             part[row].copy_(extra[first:last])
-        _add_products(gram, part.flatten(1))
-        # Mean neurons of upcycled experts differ in the fourth digit, and a regression divides by that.
-        sums = part.double().sum(1 if mean_axis == 0 else 2)
-        if mean_axis == 0:
-            means += sums
-        else:
-            means[:, first:last] = sums
-    return gram, means / (rows if mean_axis == 0 else columns)
+        yield first, part
 
 
-def _add_products(gram: torch.Tensor, vectors: torch.Tensor) -> None:
+def add_products(gram: torch.Tensor, vectors: torch.Tensor) -> None:
     """Add vectors (M, n) float32 times their transpose to gram (M, M) float64."""
     whole = vectors.shape[1] // _TERMS * _TERMS
     if whole:
@@ -111,23 +123,14 @@ def _matrix_frames(name: str, weights: torch.Tensor, others: dict[str, torch.Ten
     return [_frame(name, "matrix", [*routed, *same], gram), _frame(name, "neuron_mean", labels, means @ means.T)]
 
 
-def _check_width(bank: ExpertBank, reference: FFN, model: str) -> None:
+def check_width(bank: ExpertBank, reference: FFN, model: str) -> None:
+    """Raise AtlasError when the experts and the reference's FFN have other hidden widths d."""
     ours, theirs = bank.up.shape[-1], reference.up.shape[-1]
     if ours != theirs:
         raise AtlasError(
             f"{model}: its hidden width is {ours} and that of its dense reference is {theirs}; "
             "in config/models.tsv name a model of the same width in the column dense_reference, or leave it empty."
         )
-
-
-def layer_similarity(layer: nn.Module, dense_layer: nn.Module | None, *, model: str, index: int) -> pl.DataFrame:
-    """Table "similarity" of the FFN experts of a decoder layer whose weights are in memory.
-
-    dense_layer: the layer of the dense reference whose FFN is F, or None.
-    """
-    (site,) = (site for site in find_sites(layer) if site.name == "ffn")
-    ffn = dense_ffn(dense_layer) if dense_layer is not None else None
-    return weight_similarity(site.bank(), model=model, layer=index, reference=ffn and ffn_view(ffn))
 
 
 def weight_similarity(bank: ExpertBank, *, model: str, layer: int, reference: FFN | None = None) -> pl.DataFrame:
@@ -140,7 +143,7 @@ def weight_similarity(bank: ExpertBank, *, model: str, layer: int, reference: FF
     Raises AtlasError when the reference has another hidden width, or a weight is not finite.
     """
     if reference is not None:
-        _check_width(bank, reference, model)
+        check_width(bank, reference, model)
     frames = []
     for name, weights in bank.matrices.items():
         frames += _matrix_frames(name, weights, _extra_matrices(bank, reference, name))

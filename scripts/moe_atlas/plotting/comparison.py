@@ -9,6 +9,7 @@ from matplotlib.lines import Line2D
 from moe_atlas.errors import AtlasError
 from moe_atlas.plotting.arrays import pages_of
 from moe_atlas.plotting.base import sentence
+from moe_atlas.plotting.claims import claims
 from moe_atlas.plotting.measures import measures
 from moe_atlas.plotting.registry import COMPARISON_TITLES, COMPARISONS
 from moe_atlas.plotting.style import COLOURS, LINES, MARKERS, WIDTH, add_axes, heading, new_figure, span, widen
@@ -16,13 +17,23 @@ from moe_atlas.plotting.style import COLOURS, LINES, MARKERS, WIDTH, add_axes, h
 _MOST_CORPORA = 4
 _SUBTITLES = {
     "weight_similarity": "Mean cosine of pairs of routed experts; independent weights have 0",
+    "neuron_matching": "Mean over pairs of routed experts: cosine once their neurons are matched, minus that of "
+    "independent experts, and tau of the order; joint: up, act and down in one order",
+    "projection": "Share of the variance on the first principal component, minus that of independent weights: 0 is "
+    "chance; points are experts or neurons",
     "router_regression": "Pearson r of router similarity with mean-neuron similarity over pairs of experts, "
     "with its 95 % interval; chance is 0",
     "output_similarity": "Mean angular similarity of the outputs of pairs of routed experts; orthogonal is 0.5",
     "norm_score": "Share of tokens; ranks of output norm and router score; dotted: chance 1/N",
     "load_balance": "Even load has entropy 1 and MaxVio 0 (MaxVio: largest load over the even load, minus 1)",
     "top_score": "Mean routing weight the model applied to the first and to the second choice of a token",
+    "specialization": "Values minus chance, of context independence and vocabulary minus the value of a random router, "
+    "with 95 % intervals over documents",
+    "claims": "Estimate, its value under the null, and its 95 % interval; docs/reproduction.md has the rule",
+    "saturation": "Choices of each model beside those of the last model of its series, with 95 % intervals and chance",
 }
+
+_NOTHING = {"saturation": "No models with experts share a series in the models sheet: there is nothing to compare."}
 
 # Attention experts beside a model's FFN experts, in the model's colour.
 _ATTENTION = {"linestyle": (0, (2.5, 1.2)), "markerfacecolor": "white"}
@@ -47,8 +58,10 @@ def compare(
         raise AtlasError(f"{name}: the tables {', '.join(missing)} are missing; name them with --table.")
     table = frames[COMPARISONS[name][0]]
     title, subtitle = COMPARISON_TITLES[name], _SUBTITLES[name]
+    if name == "claims":
+        return claims(table, title, subtitle, corpora)
     if table.is_empty():
-        return sentence(title, "No model in the tables has experts: there is nothing to compare.")
+        return sentence(title, _NOTHING.get(name, "No model in the tables has experts: there is nothing to compare."))
     if "corpus" in table.columns:
         sizes = tokens_by_corpus(table)
         unknown = [corpus for corpus in corpora or [] if corpus not in sizes]
@@ -58,10 +71,12 @@ def compare(
         heads = {corpus: f"{corpus}\n({sizes[corpus]:,} tokens)" for corpus in columns}
         frames = {**frames, COMPARISONS[name][0]: table.filter(pl.col("corpus").is_in(columns))}
     else:
-        columns = ["up", "act", "down"]
+        columns = ["up", "act", "down"] + ["joint"] * (name == "neuron_matching")
         heads = {matrix: matrix for matrix in columns}
     numbers = measures(name, frames, checkpoints)
-    if name == "weight_similarity" and numbers["null_sd"].is_not_null().any():
+    if name == "projection":
+        subtitle += " (shaded: ±1.96 sd)"
+    if name in ("weight_similarity", "neuron_matching") and numbers["null_sd"].is_not_null().any():
         subtitle += " (shaded: ±1.96 sd of one pair)"
     models = table["model"].unique(maintain_order=True).to_list()  # one colour a model in every comparison
     return _grid(numbers, title, subtitle, heads, models)
@@ -137,7 +152,7 @@ def _panel(axes, part: pl.DataFrame, models: list[str]) -> None:
     if len(chances) > 1:
         for chance in chances:
             axes.annotate(
-                f"1/{round(1 / chance)}", (1.0, chance), textcoords="offset points", xytext=(2, 1), fontsize=7,
+                _level(chance), (1.0, chance), textcoords="offset points", xytext=(2, 1), fontsize=7,
                 ha="right", color="0.35",
             )  # fmt: skip
     for (model, site), line in pages_of(part, ("model", "site")).items():
@@ -154,6 +169,12 @@ def _panel(axes, part: pl.DataFrame, models: list[str]) -> None:
         if line["null_sd"].is_not_null().all():
             room = 1.96 * line["null_sd"].to_numpy()
             axes.fill_between(depth, -room, room, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _level(chance: float) -> str:
+    """1/8 where a level is one over a whole number, else two digits."""
+    whole = round(1 / chance) if chance > 0 else 0
+    return f"1/{whole}" if whole and abs(whole * chance - 1) < 1e-9 else f"{chance:.2g}"
 
 
 def _limits(part: pl.DataFrame) -> tuple[float, float]:

@@ -45,6 +45,7 @@ class PairMaps(Experiment):
     quantity = "cosine"
     subtitle = ""
     across = 3
+    diagonal_note = " (diagonal grey)"
 
     def limits(self, page: Page, whole: bool) -> Limits:
         """With the diagonal for the whole model; without it for one layer, so that differences show."""
@@ -73,7 +74,7 @@ class PairMaps(Experiment):
 
         def apply(limits: Limits, which: str) -> None:
             norm.vmin, norm.vmax = limits["colour"]
-            note = " (diagonal grey)" if which == "auto" and len(panels[0][1]) > 1 else ""
+            note = self.diagonal_note if which == "auto" and len(panels[0][1]) > 1 else ""
             colorbar.set_label(self.quantity + note)
 
         return Drawing(figure, apply)

@@ -53,6 +53,30 @@ def _weight_similarity(frames, checkpoints):
         }  # fmt: skip
 
 
+def _neuron_matching(frames, checkpoints):
+    pairs = frames["matching"].filter(NUMBER).with_columns(excess=pl.col("cosine_after") - pl.col("null_after_mean"))
+    rows = (("cosine above\nchance", "excess", "null_after_sd"), ("Kendall's tau", "tau", "null_tau_sd"))
+    means = pairs.group_by("model", "matrix", "layer", maintain_order=True).agg(
+        pl.col("excess", "tau", "null_after_sd", "null_tau_sd").mean()
+    )
+    for each in means.iter_rows(named=True):
+        for row, value, null_sd in rows:
+            yield {
+                "model": each["model"], "row": row, "column": each["matrix"], "layer": each["layer"],
+                "value": each[value], "chance": 0.0, "null_sd": each[null_sd],
+            }  # fmt: skip
+
+
+def _projection(frames, checkpoints):
+    first = frames["explained_variance"].filter((pl.col("component") == 1) & pl.col("ratio").is_not_null())
+    for row in first.iter_rows(named=True):
+        yield {
+            "model": row["model"], "row": {"matrix": "experts", "neuron": "neurons"}[row["level"]],
+            "column": row["matrix"], "layer": row["layer"], "value": row["ratio"] - row["null_ratio"], "chance": 0.0,
+            "null_sd": row["null_sd"],
+        }  # fmt: skip
+
+
 def _router_regression(frames, checkpoints):
     for row in frames["regression"].iter_rows(named=True):
         yield {
@@ -110,11 +134,50 @@ def _top_score(frames, checkpoints):
     return _by_layer(frames["load"], rows_of)
 
 
+# (measure, subject) of the table specialization -> row of panels, and what is taken off its values
+_SPECIALIZATION = {
+    ("co_activation", "mean_abs"): ("co-activation,\nmean |C − chance|", "chance"),
+    ("repeat_top1", "layer"): ("same first choice\nas the token before", "chance"),
+    ("context_independence", "layer"): ("context\nindependence", "random_router"),
+    ("vocabulary_input", "layer"): ("vocabulary,\ninput token", "random_router"),
+}
+
+
+def _specialization(frames, checkpoints):
+    frame = frames["specialization"].filter(pl.col("subject").is_in(["layer", "mean_abs"]))
+    for (measure, subject), (row, level) in _SPECIALIZATION.items():
+        part = frame.filter((pl.col("measure") == measure) & (pl.col("subject") == subject))
+        part = part.with_columns(pl.col("value", "low", "high") - pl.col(level))
+        for each in part.iter_rows(named=True):
+            yield {
+                "model": each["model"], "site": each["site"], "row": row, "column": each["corpus"],
+                "layer": each["layer"], "value": each["value"], "low": each["low"], "high": each["high"], "chance": 0.0,
+            }  # fmt: skip
+
+
+def _saturation(frames, checkpoints):
+    rows = (("share of experts\nin common", "overlap", ""), ("same first\nchoice", "top1", "top1_"))
+    rows += (("divergence of the\nloads (bits)", "js_divergence", "js_"),)
+    for each in frames["saturation"].iter_rows(named=True):
+        for row, value, prefix in rows:
+            # A divergence has a level of its own in each layer: its table says more than a line here.
+            chance = None if prefix == "js_" else each[f"{prefix}chance"]
+            yield {
+                "model": each["model"], "site": each["site"], "row": row, "column": each["corpus"],
+                "layer": each["layer"], "value": each[value], "low": each[f"{prefix}low"],
+                "high": each[f"{prefix}high"], "chance": chance,
+            }  # fmt: skip
+
+
 _FUNCTIONS = {
     "weight_similarity": _weight_similarity,
+    "neuron_matching": _neuron_matching,
+    "projection": _projection,
     "router_regression": _router_regression,
     "output_similarity": _output_similarity,
     "norm_score": _norm_score,
     "load_balance": _load_balance,
     "top_score": _top_score,
+    "specialization": _specialization,
+    "saturation": _saturation,
 }

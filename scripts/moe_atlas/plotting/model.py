@@ -11,13 +11,20 @@ from moe_atlas.files import write_json
 from moe_atlas.log import Progress, say
 from moe_atlas.plotting.base import Experiment
 from moe_atlas.plotting.counts import Load, RankCounts
+from moe_atlas.plotting.domain import Domain
 from moe_atlas.plotting.maps import OutputSimilarity, OutputSimilarityTokens, RouterSimilarity, WeightSimilarity
+from moe_atlas.plotting.matching import NeuronMatching
+from moe_atlas.plotting.projection import MatrixProjection, NeuronProjection
 from moe_atlas.plotting.registry import EXPERIMENTS, FORMATS, RANGES, split
 from moe_atlas.plotting.regression import RouterRegression
 from moe_atlas.plotting.routing import ChosenExperts, NormScore
+from moe_atlas.plotting.specialization import CoActivation, Specialization
+from moe_atlas.plotting.states import ActivationRatio, Intermediate
 from moe_atlas.plotting.style import save
 
 _CLASSES = {
+    "projection": MatrixProjection,
+    "neuron_projection": NeuronProjection,
     "router_similarity": RouterSimilarity,
     "router_regression": RouterRegression,
     "output_similarity": OutputSimilarity,
@@ -26,6 +33,11 @@ _CLASSES = {
     "rank_counts": RankCounts,
     "load": Load,
     "chosen_experts": ChosenExperts,
+    "intermediate": Intermediate,
+    "activation_ratio": ActivationRatio,
+    "specialization": Specialization,
+    "co_activation": CoActivation,
+    "domain": Domain,
 }
 
 
@@ -34,7 +46,7 @@ def read_tables(paths: list[str | os.PathLike]) -> dict[str, pl.DataFrame]:
     frames = {}
     for path in paths:
         name = Path(path).stem
-        if name not in tables.TABLES:
+        if name not in tables.TABLES | tables.ACROSS:
             raise AtlasError(f"{path}: no table of the data contract is called {name}; give one of its files.")
         frames[name] = tables.read(name, path)
     return frames
@@ -59,6 +71,8 @@ def experiment(model: str, name: str, frames: dict[str, pl.DataFrame]) -> Experi
     if base.startswith("weight_similarity"):
         level = "neuron_mean" if base.endswith("neuron_mean") else "matrix"
         return WeightSimilarity(model, corpus, selected, level)
+    if base in ("neuron_matching", "neuron_order"):
+        return NeuronMatching(model, corpus, selected, "excess" if base == "neuron_matching" else "tau")
     return _CLASSES[base](model, corpus, selected)
 
 

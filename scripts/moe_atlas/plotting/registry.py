@@ -9,7 +9,7 @@ class Experiment:
 
     title: str
     tables: tuple[str, ...]
-    kinds: tuple[str, ...]  # empty: read from the weights, no corpus
+    kinds: tuple[str, ...]  # empty: read from the weights or from all corpora together
 
 
 _WEIGHTS, _ANY, _SHORT = (), ("short", "long"), ("short",)
@@ -17,6 +17,10 @@ _WEIGHTS, _ANY, _SHORT = (), ("short", "long"), ("short",)
 EXPERIMENTS: dict[str, Experiment] = {
     "weight_similarity": Experiment("Weight similarity, matrix level", ("similarity",), _WEIGHTS),
     "weight_similarity_neuron_mean": Experiment("Weight similarity, mean neuron", ("similarity",), _WEIGHTS),
+    "neuron_matching": Experiment("Neurons matched, cosine before, after and above chance", ("matching",), _WEIGHTS),
+    "neuron_order": Experiment("Neurons matched, order kept", ("matching",), _WEIGHTS),
+    "projection": Experiment("Experts by principal components", ("projection", "explained_variance"), _WEIGHTS),
+    "neuron_projection": Experiment("Neurons by principal components", ("projection", "explained_variance"), _WEIGHTS),
     "router_similarity": Experiment("Router similarity beside weight similarity", ("similarity",), _WEIGHTS),
     "router_regression": Experiment(
         "Router similarity against weight similarity", ("similarity", "regression"), _WEIGHTS
@@ -28,26 +32,41 @@ EXPERIMENTS: dict[str, Experiment] = {
     "norm_score": Experiment("Output norms and router scores", ("norm_score", "routing", "tokens"), _SHORT),
     "rank_counts": Experiment("Norm rank against score rank", ("rank_counts",), _ANY),
     "load": Experiment("Load of the experts", ("load",), _ANY),
+    "intermediate": Experiment("Intermediate states, token by token", ("intermediate", "routing", "tokens"), _SHORT),
+    "activation_ratio": Experiment("Active neurons", ("activation_ratio",), _ANY),
     "chosen_experts": Experiment("Chosen experts", ("routing", "load", "tokens"), _SHORT),
+    "specialization": Experiment("Specialisation by layer", ("specialization",), _ANY),
+    "co_activation": Experiment("Experts that are chosen together", ("specialization",), _ANY),
+    "domain": Experiment("Use of the experts on different corpora", ("domain",), ()),
 }
 
 # Figures across models: name -> tables of results/tables/ it is drawn from.
 COMPARISONS: dict[str, tuple[str, ...]] = {
     "weight_similarity": ("similarity",),
+    "neuron_matching": ("matching",),
+    "projection": ("explained_variance",),
     "router_regression": ("regression",),
     "output_similarity": ("output_similarity",),
     "norm_score": ("rank_counts",),
     "load_balance": ("load",),
     "top_score": ("load",),
+    "specialization": ("specialization",),
+    "saturation": ("saturation",),
+    "claims": ("claims",),
 }
 
 COMPARISON_TITLES: dict[str, str] = {
     "weight_similarity": "Weight similarity by depth",
+    "neuron_matching": "Neurons matched, by depth",
+    "projection": "Variance on the first principal component, by depth",
     "router_regression": "Router against weight similarity by depth",
     "output_similarity": "Output similarity by depth",
     "norm_score": "Norm rank equal to score rank, by depth",
     "load_balance": "Load balance by depth",
     "top_score": "Weights of the first and second choice by depth",
+    "specialization": "Specialisation of the experts by depth, minus chance",
+    "saturation": "Choices of a series of models against its last",
+    "claims": "Claims of the paper, judged for each model",
 }
 
 RANGES = ("auto", "full")
