@@ -13,7 +13,8 @@ from workflow_runs import ROOT
 
 from moe_atlas.sources import imports, sources
 
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # where the import has another name than the package
+# Where the import has another name than the package.
+DISTRIBUTIONS = {"lap": "lapx", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Packages that nobody imports by name.
 NEEDED_UNSEEN = {"notebooks": {"ipykernel": "the kernel that papermill starts"}}
 RULES = ROOT / "workflow" / "rules"

@@ -22,6 +22,7 @@ from moe_atlas.parametric.matching import (
     assign,
     chosen_layers,
     chosen_pairs,
+    directions,
     kendall_tau,
     match_pair,
     neuron_matching,
@@ -270,3 +271,19 @@ def _entry(bank: ExpertBank, reference: FFN | None, label: str) -> Entry:
         return Entry({name: stack[int(label)] for name, stack in bank.matrices.items()})
     found = reference if label == "F" else bank.shared
     return Entry({"up": found.up, "act": found.act, "down": found.down})
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (180, 260), (260, 180)])
+def test_the_assignment_has_the_largest_sum(shape):
+    for seed, noise in itertools.product(range(4), (0.05, 1.0)):
+        generator = torch.Generator().manual_seed(seed)
+        base = torch.randn(max(shape), 24, generator=generator)
+        sides = [base[torch.randperm(len(base), generator=generator)[:size]] for size in shape]
+        sides = [side + noise * torch.randn(side.shape, generator=generator) for side in sides]
+        similarity = directions(sides[0])[0] @ directions(sides[1])[0].T
+        matched = assign(similarity)
+        kept = np.flatnonzero(matched >= 0)
+        assert len(kept) == min(shape) == len(set(matched[kept].tolist()))
+        exact = similarity.double().numpy()
+        best = exact[linear_sum_assignment(exact, maximize=True)].sum()
+        assert exact[kept, matched[kept]].sum() == pytest.approx(best, abs=1e-6 * min(shape))

@@ -9,10 +9,10 @@ import functools
 import itertools
 from collections.abc import Mapping
 
+import lap
 import numpy as np
 import polars as pl
 import torch
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import kendalltau
 
 from moe_atlas import tables
@@ -42,14 +42,12 @@ def directions(neurons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assign(similarity: torch.Tensor) -> np.ndarray:
-    """The one-to-one matching with the largest sum, exact (scipy's shortest augmenting paths).
+    """The one-to-one matching with the largest sum (Jonker and Volgenant 1987, in float32 like the similarities).
 
-    similarity: (a, b). Returns for each row its column, (a,) int64; -1 where a has more rows than b columns and the row
-    stays alone.
+    similarity: (a, b) finite. Returns for each row its column, (a,) int64; -1 where a has more rows than b columns and
+    the row stays alone.
     """
-    # A negated float64 matrix is solved where it lies; maximize=True would copy it a second time.
-    cost = similarity.cpu().numpy().astype(np.float64)
-    rows, columns = linear_sum_assignment(np.negative(cost, out=cost))
+    rows, columns = lap.lapjvs(np.negative(similarity.cpu().numpy()), return_cost=False, prefer_float32=True)
     matched = np.full(similarity.shape[0], -1)
     matched[rows] = columns
     return matched
@@ -251,7 +249,7 @@ def neuron_matching(
 
     Entries are the N routed experts, then F (`reference`) and SE (the shared expert). Where the widths differ the
     smaller one's neurons are all matched, cosine_before and tau are null. Memory: of one pair the neurons in float32,
-    and 16 bytes for each pair of neurons. Raises AtlasError when the reference has another hidden width, or a weight is
+    and 12 bytes for each pair of neurons. Raises AtlasError when the reference has another hidden width, or a weight is
     not finite.
     """
     if reference is not None:

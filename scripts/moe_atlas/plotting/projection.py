@@ -1,7 +1,6 @@
 """Experts and their neurons on the principal components of a layer."""
 
 import matplotlib
-import mpl_toolkits.mplot3d  # noqa: F401 registers the axes called "3d"
 import numpy as np
 import polars as pl
 from matplotlib.colors import BoundaryNorm
