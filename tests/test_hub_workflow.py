@@ -179,6 +179,8 @@ def test_a_run_that_was_interrupted_goes_on_with_the_shards_it_has(hub, tmp_path
             [sys.executable, ROOT / "scripts/fetch_use_delete.py", "--model", "m", "--repository", "a/cut"]
             + ["--revision", commit, "--shards", tmp_path / "shards", "--similarity", output / "similarity.parquet"]
             + ["--corpus", "c", "short", tmp_path / "corpus.parquet", output / "a.safetensors", output / "t.parquet"]
+            + [output / "i.safetensors", "--matching", output / "matching.parquet", "--matching-max-pairs", "3"]
+            + ["--projection", output / "projection.parquet", "--explained-variance", output / "explained.parquet"]
             + ["--output", output / "checkpoint.json"],
             env=hub.environment(tmp_path) | {"MOE_ATLAS_RETRY_PAUSE": "0"}, capture_output=True, text=True,
         )  # fmt: skip
@@ -193,7 +195,8 @@ def test_a_run_that_was_interrupted_goes_on_with_the_shards_it_has(hub, tmp_path
     again = run("second")
     assert again.returncode == 0, again.stderr
     assert run("third").returncode == 0
-    for name in ("similarity.parquet", "a.safetensors", "t.parquet", "checkpoint.json"):
+    tables_of_weights = ("similarity.parquet", "matching.parquet", "projection.parquet", "explained.parquet")
+    for name in (*tables_of_weights, "a.safetensors", "t.parquet", "i.safetensors", "checkpoint.json"):
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "third" / name).read_bytes()
     assert not (tmp_path / "shards").exists()
 

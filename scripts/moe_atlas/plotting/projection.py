@@ -109,8 +109,9 @@ class MatrixProjection(_Projection):
 
     def subtitle(self, page: Page) -> str:
         text = "Each point is one expert's matrix; PC1's share of the variance, and that of independent experts"
-        if page.data["panels"]["up"]["null_outlier"] is not None:
-            text += "; a ring marks DBSCAN's outliers"
+        chance = page.data["panels"]["up"]["null_outlier"]
+        if chance is not None:
+            text += f"; a ring marks DBSCAN's outliers (of independent experts {100 * chance:.0f} % are)"
         return text + ("; x: F" if "F" in page.data["labels"] else "")
 
     def what(self, page: Page) -> str:
