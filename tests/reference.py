@@ -162,8 +162,15 @@ class Reference:
         columns = ["model", "layer", "matrix", "n_pairs", "r", "r2", "slope", "intercept", "p_value"]
         return pl.DataFrame(rows, columns, orient="row")
 
-    def behavior(self, model: str, corpus: str, sequences: list[list[int]]) -> dict[str, pl.DataFrame]:
-        """All behavioral tables of one corpus, plus the number of near ties of norms by layer."""
+    def behavior(
+        self, model: str, corpus: str, sequences: list[list[int]], documents: list[int] | None = None
+    ) -> dict[str, pl.DataFrame]:
+        """All behavioral tables of one corpus, plus the number of near ties of norms by layer.
+
+        documents: that of each sequence, at most 32 of them; by default one for each.
+        """
+        documents = list(range(len(sequences))) if documents is None else documents
+        block_of = [sorted(set(documents)).index(document) for document in documents]
         routing, norm_score, by_token, pairs = [], [], [], defaultdict(list)
         load, counts = defaultdict(lambda: [0, 0, 0.0]), defaultdict(lambda: [0.0, 0.0])
         cross, active, measured = defaultdict(lambda: [0.0, 0.0]), defaultdict(list), defaultdict(list)
@@ -228,7 +235,7 @@ class Reference:
                     for label in set(order) - set(experts):
                         values[f"{names[label]}_cosine"] = mean([at[expert, label] for expert in experts])
                     for name, value in values.items():
-                        measured[layer, sequence, name + "_first" * (position == 0)].append(value)
+                        measured[layer, block_of[sequence], name + "_first" * (position == 0)].append(value)
         place = ["model", "corpus", "layer", "site"]
         token = [*place, "sequence", "position"]
         mean_rows = []
@@ -238,8 +245,10 @@ class Reference:
             moments = [float(f(v)) for v in (values, angles) for f in (np.mean, lambda v: np.std(v, ddof=1))]
             content = np.array([position > 0 for _, position, _ in found])
             moments += [float(values[content].mean()), float(angles[content].mean())]
-            by_document = [mean([v for s, p, v in found if p and s == number]) for number in range(len(sequences))]
-            moments.append(float(np.std([value for value in by_document if value is not None], ddof=1)))
+            blocks = range(max(block_of) + 1)
+            by_document = [mean([v for s, p, v in found if p and block_of[s] == block]) for block in blocks]
+            by_document = [value for value in by_document if value is not None]
+            moments.append(float(np.std(by_document, ddof=1)) if len(by_document) > 1 else None)
             mean_rows.append((model, corpus, layer, "ffn", a, b, len(values), *moments))
         ratio_rows = [
             (model, corpus, layer, "ffn", expert, threshold, float((np.stack(rows) > threshold).mean()), len(rows))
@@ -304,7 +313,7 @@ VALUES = {
 
 
 def largest_difference(name: str, ours: pl.DataFrame, reference: pl.DataFrame) -> dict[str, float]:
-    """Largest difference of each value column over all rows; rows only one side has count as infinite.
+    """Largest difference of each value column over all rows; what only one side has counts as infinite.
 
     Differences are absolute up to 1 and relative above, as float32 is: norms reach tens, sums of weights thousands.
     A row of zeros (an expert nobody chose, an empty cell of rank counts) may be absent from the reference.
@@ -322,5 +331,7 @@ def largest_difference(name: str, ours: pl.DataFrame, reference: pl.DataFrame) -
         else:
             wanted = pl.col(f"{value}_reference")
             expression = (pl.col(value) - wanted).abs() / pl.max_horizontal(wanted.abs(), 1.0)
-        differences[value] = joined.select(expression.fill_null(math.inf).max()).item()
+        neither = pl.col(value).is_null() & pl.col(f"{value}_reference").is_null()
+        expression = pl.when(neither).then(0.0).otherwise(expression.fill_null(math.inf))
+        differences[value] = joined.select(expression.max()).item()
     return differences
