@@ -101,7 +101,7 @@ def test_every_value_equals_a_float64_recomputation(atlas, model):
     for (name, corpus), frame in expected.items():
         ours = model_table(atlas, model, name, corpus)
         for column, difference in reference.largest_difference(name, ours, frame).items():
-            # Norms closer than float32 resolves may swap ranks, and activations cross a threshold; nothing else may differ.
+            # Norms closer than float32 resolves may swap ranks, activations cross a threshold; nothing else may differ.
             allowed = 0
             if column in ("count", "norm_rank", "score_rank", "largest_both", "rank_product"):
                 allowed = 2 * near_ties[corpus]
