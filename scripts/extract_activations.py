@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from moe_atlas import probe
+from moe_atlas.budget import MIB, Budget
 from moe_atlas.extraction import Corpus, Reader
 from moe_atlas.log import Progress, run, say
 from moe_atlas.manifest import open_checkpoint
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("--corpus-file", required=True, help="parquet file with the column text")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="precision of the run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--memory", type=int, help="MiB that the run may take; without it as much as it needs")
     parser.add_argument("--activations", required=True, help="activations.safetensors to write")
     parser.add_argument("--tokens", required=True, help="tokens.parquet to write")
     parser.add_argument("--intermediate", required=True, help="intermediate.safetensors to write; empty if long")
@@ -33,6 +35,9 @@ def main() -> None:
     reader = Reader(checkpoint.directory, reference and reference.directory)
     text = reader.read(corpus)
     say(f"running on {arguments.device}")
+    # The intermediate states of a short text are kept to the end.
+    kept = 4 * sum(map(len, text.sequences)) * (manifest["N"] + 1) * manifest["m"] * len(manifest["moe_layers"])
+    budget = Budget(arguments.memory and arguments.memory * MIB, kept if text.keep_tokens else 0)
     progress = Progress(manifest["L"], "layer")
     (record,) = probe.extract_texts(
         checkpoint,
@@ -41,6 +46,7 @@ def main() -> None:
         reference=reference,
         device=arguments.device,
         spill_directory=Path(arguments.activations).parent,
+        budget=budget,
         on_layer=lambda *_: progress.step(),
     )
     reader.write(arguments.model, corpus, text, record)

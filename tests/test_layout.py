@@ -15,6 +15,7 @@ LIBRARY = ROOT / "scripts" / "moe_atlas"
 GROUND = {"errors", "files", "log", "tables", "memory", "__init__"}
 ALLOWED = {
     "accumulate": set(),
+    "budget": set(),
     "router_rule": set(),
     "text_index": set(),
     "choices": {"text_index"},
@@ -27,13 +28,13 @@ ALLOWED = {
     "architectures": {"checkpoints"},
     "spill": set(),
     "layerwise": {"architectures", "checkpoints", "stream"},
-    "stream": {"architectures", "checkpoints", "spill"},
+    "stream": {"architectures", "budget", "checkpoints", "spill"},
     "manifest": {"architectures", "checkpoints", "stream"},
     "chunk": {"accumulate"},
     "states": {"accumulate", "chunk"},
     "recorders": {"accumulate", "choices", "chunk", "router_rule", "text_index"},
     "probe": {
-        *("architectures", "checkpoints", "choices", "chunk", "cross_ranks"),
+        *("architectures", "budget", "checkpoints", "choices", "chunk", "cross_ranks"),
         *("recorders", "router_rule", "states", "stream", "text_index"),
     },
     "extraction": {"behavioral", "checkpoints", "probe", "tokens"},

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from moe_atlas.accumulate import angular, half_octaves, pair_cosines, rank_ranges
+from moe_atlas.accumulate import HALF_OCTAVES, angular, half_octaves, pair_cosines, rank_ranges
 
 
 @dataclass
@@ -57,9 +57,18 @@ class Chunk:
         return rank_ranges(self.logits, self.norms)
 
     @cached_property
-    def half_octaves(self) -> torch.Tensor:
-        """(N, c, m) int32: bins of the absolute activation."""
-        return half_octaves(self.activation)
+    def activity(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the absolute activation: counts (N, bins) int64 in the bins of HALF_OCTAVES, and the share (c,) float64 of
+        each token's neurons above 0.001. One expert at a time: bins take twice the memory of the activation."""
+        experts, tokens, _ = self.activation.shape
+        first, past = HALF_OCTAVES
+        counts = torch.empty(experts, past - first, dtype=torch.int64, device=self.activation.device)
+        inactive = torch.zeros(tokens, dtype=torch.int64, device=self.activation.device)
+        for expert, states in enumerate(self.activation):
+            bins = half_octaves(states)
+            inactive -= (bins >> 31).sum(1)  # the shift leaves -1 of a negative bin, 0 of any other
+            counts[expert] = torch.bincount(bins.sub_(first).flatten(), minlength=past - first)
+        return counts, 1 - inactive.to(torch.float64) / self.activation[:, 0].numel()
 
     @cached_property
     def gates(self) -> torch.Tensor:

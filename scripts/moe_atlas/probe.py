@@ -19,6 +19,7 @@ from torch.nn import functional
 from moe_atlas import recorders
 from moe_atlas.architectures.ffn import dense_ffn, ffn_activation
 from moe_atlas.architectures.sites import ExpertSite, find_sites
+from moe_atlas.budget import Budget
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.choices import random_router
 from moe_atlas.chunk import Chunk, Recorder
@@ -26,7 +27,7 @@ from moe_atlas.cross_ranks import CrossRanks
 from moe_atlas.errors import AtlasError
 from moe_atlas.router_rule import RouterRule
 from moe_atlas.states import ActivationHistogram, States
-from moe_atlas.stream import LayerStream
+from moe_atlas.stream import UNBOUNDED, LayerStream
 from moe_atlas.text_index import TextIndex
 
 # Padded tokens of one batch: attention and norms of a layer work on so many at a time.
@@ -263,6 +264,7 @@ def extract_texts(
     device: str | torch.device = "cpu",
     batch_tokens: int = BATCH_TOKENS,
     spill_directory: str | os.PathLike | None = None,
+    budget: Budget = UNBOUNDED,
     on_layer: LayerObserver = lambda index, layer, dense_layer: None,
 ) -> list[Record]:
     """Run texts through a checkpoint in one pass over its layers and return what its experts did on each.
@@ -270,10 +272,14 @@ def extract_texts(
     reference: a dense checkpoint of the same width and tokenizer; its FFN of the same layer is compared
     as F (on its own hidden states) and F_same_input (on the MoE's inputs; A Closer Look, 5.1 has F only).
     spill_directory: where hidden states go that do not fit into memory (see stream.py). A dense model has no sites.
-    Raises AtlasError when the reference has another width.
+    budget: what the run may hold; the next layer is read while one is at work where that allows it.
+    Raises AtlasError when the reference has another width, or when one layer does not fit into the budget.
     """
-    stream = LayerStream(checkpoint, dtype, device, spill_directory)
     dense = LayerStream(reference, dtype, device, spill_directory) if reference is not None else None
+    if dense is not None and budget.memory is not None:
+        layers, outside = dense.sizes()
+        budget = budget.less(2 * max(layers) + outside)
+    stream = LayerStream(checkpoint, dtype, device, spill_directory, budget)
     if dense is not None and dense.config.hidden_size != stream.config.hidden_size:
         raise AtlasError(
             f"{reference.directory}: hidden size {dense.config.hidden_size} differs from the "

@@ -133,9 +133,7 @@ class Documents:
         if experts > 1:
             values["top2_score"] = scores[:, 1]
         if chunk.activation is not None:
-            # The shift by all but the sign gives -1 where |a| is not above 0.001, and 0 where it is.
-            inactive = -(chunk.half_octaves >> 31).sum((0, 2), dtype=torch.int32)
-            values["active"] = 1 - inactive.to(torch.float64) / chunk.activation[:, 0].numel()
+            values["active"] = chunk.activity[1]
         of_label = {"F": "reference_cosine", "F_same_input": "reference_same_input_cosine", "SE": "shared_cosine"}
         for label, name in of_label.items():
             if label in self.column:

@@ -29,10 +29,7 @@ class ActivationHistogram:
     def add(self, chunk: Chunk) -> None:
         if chunk.activation is None:
             return
-        experts, bins = self.counts.shape
-        offsets = torch.arange(experts, dtype=torch.int32, device=self.counts.device) * bins - HALF_OCTAVES[0]
-        cells = (chunk.half_octaves + offsets[:, None, None]).flatten()
-        self.counts += torch.bincount(cells, minlength=experts * bins).view(experts, bins)
+        self.counts += chunk.activity[0]
 
     def arrays(self) -> dict[str, torch.Tensor]:
         """activation_histogram (N, 67) int64, activation_edges (66,) float64; none for experts without activation."""

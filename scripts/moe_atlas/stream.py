@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,11 +24,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from moe_atlas import architectures
 from moe_atlas.architectures import internals, quantised
 from moe_atlas.architectures.config import read_config
+from moe_atlas.budget import Budget
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError, first_line
 from moe_atlas.memory import return_large_blocks
 from moe_atlas.spill import MEMORY_BYTES, Interned, Spill
 
+UNBOUNDED = Budget()
 _LAYER_LISTS = ("layers", "blocks")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -112,6 +114,7 @@ class LayerStream:
         dtype: str = "auto",
         device: str | torch.device = "cpu",
         spill_directory: str | os.PathLike | None = None,
+        budget: Budget = UNBOUNDED,
     ):
         return_large_blocks()
         self.spill_directory = spill_directory
@@ -123,11 +126,14 @@ class LayerStream:
         self._mapping = internals.weight_mapping(self.model)
         self._target_of = internals.target_names(self.model, self._mapping, checkpoint.names)
         self._names = self._names_by_layer()
+        plain = quantised.method(self.config) is None
+        self._fused = internals.fused_targets(self.model, self._mapping, checkpoint.names) if plain else {}
         checkpoint.expect([self._names[index] for index in range(len(self.layers))])
         for module in self._outside_the_layers():
             module.register_forward_pre_hook(lambda module, _args: self._fill(module))
         self._current = -1
         self._ahead: tuple[int, Future] | None = None
+        self._reads_ahead = budget.memory is None or budget.reads_ahead(*self.sizes(), str(checkpoint.directory))
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._batches: list[_Batch] = []
 
@@ -237,8 +243,37 @@ class LayerStream:
 
     def _read_ahead(self, index: int) -> None:
         self._ahead = None
-        if index < len(self):
-            self._ahead = index, self._pool.submit(self.checkpoint.read_all, self._names[index])
+        if index < len(self) and self._reads_ahead:
+            self._ahead = index, self._pool.submit(self._read_layer, index)
+
+    def sizes(self) -> tuple[list[int], int]:
+        """Bytes that each layer takes in memory, and those of what lies outside the layers."""
+        tensors, stacked = self.checkpoint.tensors, {name for fused in self._fused.values() for name in fused.parts}
+
+        def read(names: Iterable[str]) -> int:
+            return sum(tensors[name].stop - tensors[name].start for name in names)
+
+        # What is not read where it belongs is there twice while transformers puts it there.
+        layers = [
+            sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
+            + read(name for name in self._names[index] if name not in stacked)
+            for index, layer in enumerate(self.layers)
+        ]
+        inside = {name for names in self._names.values() for name in names}
+        return layers, read(name for name in tensors if name not in inside)
+
+    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
+        """A layer's tensors by name, its experts' already stacked as the model has them."""
+        names = set(self._names[index])
+        stacks = {target: fused for target, fused in self._fused.items() if names.issuperset(fused.parts)}
+        stacked = {target: torch.empty(fused.shape, dtype=fused.dtype) for target, fused in stacks.items()}
+        places = {
+            name: stacked[target][expert, first:last]
+            for target, fused in stacks.items()
+            for name, (expert, first, last) in fused.parts.items()
+        }
+        found = self.checkpoint.read_all(self._names[index], places)
+        return {name: tensor for name, tensor in found.items() if name not in places} | stacked
 
     @contextlib.contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
@@ -249,7 +284,7 @@ class LayerStream:
         if self._ahead is not None and self._ahead[0] == index:
             tensors = self._ahead[1].result()
         else:
-            tensors = self.checkpoint.read_all(self._names[index])
+            tensors = self._read_layer(index)
         self._current = index
         self._read_ahead(index + 1 if following is None else following)
         layer = self.layers[index]

@@ -40,8 +40,8 @@ rule extract_activations:
         exec >{log:q} 2>&1
         python {input.code:q} --model {wildcards.model:q} --corpus {wildcards.corpus:q} --kind {params.kind:q} \
             --checkpoint {input.checkpoint:q} {params.dense:q} --corpus-file {input.corpus:q} --dtype {params.dtype:q} \
-            --device {params.device:q} --activations {output.activations:q} --tokens {output.tokens:q} \
-            --intermediate {output.intermediate:q}
+            --device {params.device:q} --memory {resources.mem_mb:q} --activations {output.activations:q} \
+            --tokens {output.tokens:q} --intermediate {output.intermediate:q}
         """
 
 

@@ -5,16 +5,22 @@ the fully loaded model's for every family, so a release that moves one of these 
 """
 
 import contextlib
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
+    dot_natural_key,
     rename_source_key,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
@@ -92,6 +98,53 @@ def load_tensors(
 def weight_mapping(model: PreTrainedModel) -> list:
     """How checkpoint tensor names become the model's parameters."""
     return get_model_conversion_mapping(model)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A parameter (N, ...) that many of a checkpoint's tensors become a part of, and where each of them goes."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    parts: dict[str, tuple[int, int, int]]  # name in the checkpoint -> expert, first row, one past the last row
+
+
+def fused_targets(model: PreTrainedModel, mapping: list, names: Iterable[str]) -> dict[str, Fused]:
+    """Parameters that are a plain stack of experts' tensors, so that these can be read where they belong.
+
+    Without it a layer is in memory twice while transformers stacks it. Parameters that are made in any other way, or
+    that a family keeps in another precision, are left to transformers.
+    """
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    known, plan = model.state_dict(), [re.compile(name) for name in model._get_dtype_plan(model.dtype) or {}]
+    sources: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if pattern is not None and target in known and _stacks(by_pattern[pattern]):
+            sources[target][pattern].append(name)
+    found = {}
+    for target, by_source in sources.items():
+        shape, patterns = known[target].shape, by_pattern[next(iter(by_source))].source_patterns
+        whole = [len(by_source[pattern]) for pattern in patterns] == [shape[0]] * len(patterns)
+        if whole and shape[1] % len(patterns) == 0 and not any(entry.search(target) for entry in plan):
+            rows = shape[1] // len(patterns)
+            parts = {
+                name: (expert, place * rows, (place + 1) * rows)
+                for place, pattern in enumerate(patterns)
+                for expert, name in enumerate(by_source[pattern])
+            }
+            found[target] = Fused(shape, known[target].dtype, parts)
+    return found
+
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Whether a conversion stacks experts, and puts the stacks of several matrices below each other."""
+    steps = [(type(step), step.dim) for step in converter.operations if isinstance(step, MergeModulelist | Concatenate)]
+    plain = len(steps) == len(converter.operations) and len(converter.target_patterns) == 1
+    first, second = (MergeModulelist, 0), (Concatenate, 1)
+    return plain and (steps == [first, second] or (steps == [first] and len(converter.source_patterns) == 1))
 
 
 def target_names(model: PreTrainedModel, mapping: list, names: Iterable[str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ model goes on with the mixture of the k chosen ones, so its output stays what it
 """
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,8 +20,8 @@ from moe_atlas.architectures import routers
 from moe_atlas.architectures.bank import ExpertBank
 from moe_atlas.errors import AtlasError
 
-# Numbers that evaluating all experts on one chunk of tokens may hold at a time (256 MiB in float32).
-CHUNK_NUMBERS = 64 << 20
+# Bytes that evaluating all experts on one chunk of tokens may hold at a time.
+CHUNK_BYTES = 256 << 20
 # Tokens of a chunk: more at a time are no faster, and make the peak of memory higher.
 CHUNK_TOKENS = 1024
 Answer = tuple[torch.Tensor, torch.Tensor | None]  # outputs (N, T, d) of all experts, activation (N, T, m)
@@ -144,13 +145,19 @@ class ExpertSite(ABC):
         self.own_logits = None if output is None else routers.logits_of(output, logits)
         self._call = None
         mixture = torch.zeros_like(inputs)
-        for tokens in observer.tokens().split(min(CHUNK_TOKENS, max(1, CHUNK_NUMBERS // numbers_per_token))):
+        for tokens in _chunks(observer.tokens(), CHUNK_BYTES // (numbers_per_token * inputs.element_size())):
             outputs, activation = answer(tokens)
             mixed = mix(outputs, ids[tokens], weights[tokens]) if combine is None else combine(tokens)
             mixture[tokens] = mixed.to(inputs.dtype)
             seen = inputs[tokens], logits[tokens], ids[tokens], weights[tokens]
             observer.record(tokens, *seen, outputs, activation)
         return mixture
+
+
+def _chunks(tokens: torch.Tensor, most: int) -> tuple[torch.Tensor, ...]:
+    """The tokens in as few chunks of about equal size as hold at most so many, and CHUNK_TOKENS, each."""
+    count = math.ceil(len(tokens) / max(1, min(CHUNK_TOKENS, most)))
+    return tokens.tensor_split(count) if count > 1 else (tokens,)
 
 
 def mix(outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

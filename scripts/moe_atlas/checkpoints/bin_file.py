@@ -40,6 +40,8 @@ class BinFile:
             for name, tensor in self._state.items()
         }
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
         """One tensor, in the dtype of the file, copied out of the map, its elements in order of its indices."""
+        if into is not None:
+            return into.copy_(self._state[name])
         return self._state[name].clone(memory_format=torch.contiguous_format)

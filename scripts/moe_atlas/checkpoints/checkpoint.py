@@ -1,7 +1,8 @@
 """A checkpoint directory in the Hub's format as a mapping from tensor names to lazy tensors."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ LAYOUTS = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
+# Tensors that are read at a time. Measured cold on a cloud disk: 1.0 GB/s with one reader, 1.9 with four.
+READERS = 4
 
 
 def shards_of_index(path: Path) -> dict[str, str]:
@@ -97,18 +100,41 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU in the dtype of its file; NaN or infinity is an AtlasError."""
-        return self._read(self._file_of[name], name)
+        return self.read_all([name])[name]
 
-    def _read(self, file: SafetensorsFile | BinFile, name: str) -> torch.Tensor:
-        tensor = file.read(name)
-        self.bytes_read += tensor.numel() * tensor.dtype.itemsize
+    def read_all(self, names: Iterable[str], into: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Several tensors by name, each as `read` gives it; those named in `into` are put there, in its dtype.
+
+        A tensor of another shape than that it is to be put into is an AtlasError.
+        """
+        return self._read_many([(self._file_of[name], name) for name in names], into or {})
+
+    def _read_many(
+        self, wanted: Sequence[tuple[SafetensorsFile | BinFile, str]], into: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Tensors by name from their files, several at a time: one reader does not keep a disk busy."""
+        with ThreadPoolExecutor(min(READERS, max(1, len(wanted))), "reader") as readers:
+            found = dict(readers.map(lambda pair: (pair[1], self._read(*pair, into.get(pair[1]))), wanted))
+        self.bytes_read += sum(file.tensors[name].stop - file.tensors[name].start for file, name in wanted)
+        return found
+
+    def _read(self, file: SafetensorsFile | BinFile, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        if into is None:
+            return self._finite(file, name, file.read(name))
+        info = file.tensors[name]
+        if info.shape != into.shape:
+            raise AtlasError(
+                f"{file.path}: the tensor {name} has the shape {list(info.shape)}, and by config.json "
+                f"{list(into.shape)}; fetch both again."
+            )
+        if info.dtype == into.dtype and into.is_contiguous():
+            return self._finite(file, name, file.read(name, into))
+        return into.copy_(self._finite(file, name, file.read(name)))
+
+    def _finite(self, file: SafetensorsFile | BinFile, name: str, tensor: torch.Tensor) -> torch.Tensor:
         # A sum is finite unless a term is not: one pass and no mask of the tensor's size.
         # (8-bit floats have no sum of their own.)
         values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
         if tensor.is_floating_point() and not torch.isfinite(values.sum(dtype=torch.float32)):
             raise AtlasError(f"{file.path}: the tensor {name} holds NaN or infinite weights; fetch or save it again.")
         return tensor
-
-    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Several tensors by name."""
-        return {name: self.read(name) for name in names}

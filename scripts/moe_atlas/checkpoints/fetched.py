@@ -75,10 +75,7 @@ class FetchedCheckpoint(Checkpoint):
                 self._group_of[name] = number
                 self._uses[self._shard_of[name]].add(number)
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.read_all([name])[name]
-
-    def read_all(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def read_all(self, names: Iterable[str], into: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         names = list(names)
         wanted: dict[str, list[str]] = {}
         for name in names:
@@ -94,7 +91,7 @@ class FetchedCheckpoint(Checkpoint):
                         raise AtlasError(
                             f"{file.path}: the tensor {name} is missing; the index belongs to other shards."
                         )
-                    found[name] = self._read(file, name)
+                found |= self._read_many([(file, name) for name in wanted[shard]], into or {})
                 if self._next_use(shard, group) == math.inf:
                     self._delete(shard)
         return {name: found[name] for name in names}

@@ -83,11 +83,11 @@ class SafetensorsFile:
             tensors[name] = TensorInfo(dtype, shape, data + start, data + stop)
         return tensors
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in the dtype of the file, in fresh memory on the CPU."""
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor, in the dtype of the file, in fresh memory on the CPU; or read `into` one that has its form."""
         info = self.tensors[name]
-        buffer = torch.empty(info.stop - info.start, dtype=torch.uint8)
-        view, done = memoryview(buffer.numpy()), 0
+        tensor = torch.empty(info.shape, dtype=info.dtype) if into is None else into
+        view, done = memoryview(tensor.flatten().view(torch.uint8).numpy()), 0
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             while done < len(view):
@@ -97,4 +97,4 @@ class SafetensorsFile:
                 done += count
         finally:
             os.close(descriptor)
-        return buffer.view(info.dtype).reshape(info.shape)
+        return tensor
