@@ -71,7 +71,7 @@ def test_without_read_ahead_the_outcome_is_the_same(tmp_path):
 
 
 def test_the_program_keeps_to_its_memory_or_says_so(tmp_path):
-    """A model of 24 MiB a layer: with too little memory it ends before it reads; its peak is below what it was given."""
+    """With too little memory the program ends before it reads; with enough its peak is below what it was given."""
     sizes = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 4096, "num_local_experts": 8}
     families.save("mixtral", tmp_path / "m", **sizes)
     code = """
