@@ -139,7 +139,7 @@ def write(shape: Shape, directory: Path, seed: int = 0) -> int:
         if len(size) == 1:
             return torch.ones(size, dtype=torch.bfloat16)
         start = int(torch.randint(len(pool), (1,), generator=generator))
-        repeated = torch.cat([pool[start:], pool, pool, pool, pool][: 2 + count // len(pool)])[:count]
+        repeated = torch.cat([pool[start:], *[pool] * (1 + count // len(pool))])[:count]
         return repeated.view(size) * (size[-1] ** -0.5)
 
     files, total = [shape.outside], 0

@@ -35,7 +35,7 @@ METHODS = {
     "weight_similarity": 1,
     "neuron_matching": 1,
     "project_experts": 1,
-    "extract_activations": 3,
+    "extract_activations": 4,
 }
 
 
