@@ -3,12 +3,10 @@
 import argparse
 from pathlib import Path
 
-import torch
-
-from moe_atlas import probe
+from moe_atlas import devices, probe
 from moe_atlas.budget import MIB, Budget
 from moe_atlas.extraction import Corpus, Reader
-from moe_atlas.log import Progress, run, say
+from moe_atlas.log import Progress, run
 from moe_atlas.manifest import open_checkpoint
 
 
@@ -21,12 +19,13 @@ def main() -> None:
     parser.add_argument("--dense-reference", help="checkpoint.json of the dense model whose FFN is F")
     parser.add_argument("--corpus-file", required=True, help="parquet file with the column text")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="precision of the run")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", default=devices.default(), help="cpu or cuda")
     parser.add_argument("--memory", type=int, help="MiB that the run may take; without it as much as it needs")
     parser.add_argument("--activations", required=True, help="activations.safetensors to write")
     parser.add_argument("--tokens", required=True, help="tokens.parquet to write")
     parser.add_argument("--intermediate", required=True, help="intermediate.safetensors to write; empty if long")
     arguments = parser.parse_args()
+    device = devices.claim_found(arguments.device)
 
     checkpoint, manifest = open_checkpoint(arguments.checkpoint)
     reference = open_checkpoint(arguments.dense_reference)[0] if arguments.dense_reference else None
@@ -34,7 +33,6 @@ def main() -> None:
     corpus = Corpus(arguments.corpus, arguments.kind, arguments.corpus_file, *written)
     reader = Reader(checkpoint.directory, reference and reference.directory)
     text = reader.read(corpus)
-    say(f"running on {arguments.device}")
     # The intermediate states of a short text are kept to the end.
     kept = 4 * sum(map(len, text.sequences)) * (manifest["N"] + 1) * manifest["m"] * len(manifest["moe_layers"])
     budget = Budget(arguments.memory and arguments.memory * MIB, kept if text.keep_tokens else 0)
@@ -44,7 +42,7 @@ def main() -> None:
         [text],
         dtype=arguments.dtype,
         reference=reference,
-        device=arguments.device,
+        device=device,
         spill_directory=Path(arguments.activations).parent,
         budget=budget,
         on_layer=lambda *_: progress.step(),

@@ -7,9 +7,7 @@ At most three shards lie on disk at a time; each is checked against the Hub's ha
 import argparse
 from pathlib import Path
 
-import torch
-
-from moe_atlas import probe, tables
+from moe_atlas import devices, probe, tables
 from moe_atlas.architectures.view import dense_view, expert_bank
 from moe_atlas.checkpoints.fetched import MAX_SHARDS, FetchedCheckpoint
 from moe_atlas.extraction import Corpus, Reader
@@ -30,7 +28,7 @@ def main() -> None:
     parser.add_argument("--revision", required=True, help="commit of the repository, 40 hex digits")
     parser.add_argument("--dense-reference", help="checkpoint.json of the dense model whose FFN is F")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="precision of the run")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--device", default=devices.default(), help="cpu or cuda")
     parser.add_argument("--shards", required=True, type=Path, help="folder for the shards, emptied at the end")
     parser.add_argument(
         "--corpus",
@@ -52,6 +50,7 @@ def main() -> None:
     parser.add_argument("--explained-variance", required=True, help="explained_variance.parquet to write")
     parser.add_argument("--output", required=True, help="checkpoint.json to write")
     arguments = parser.parse_args()
+    device = devices.claim_found(arguments.device)
 
     repository = look_up(arguments.repository, arguments.revision)
     directory = fetch(repository, repository.small)
@@ -85,7 +84,7 @@ def main() -> None:
         texts,
         dtype=arguments.dtype,
         reference=reference,
-        device=arguments.device,
+        device=device,
         spill_directory=arguments.shards,
         on_layer=use,
     )

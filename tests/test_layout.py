@@ -39,6 +39,7 @@ ALLOWED = {
     },
     "extraction": {"behavioral", "checkpoints", "probe", "tokens"},
     "cross_ranks": {"chunk"},
+    "devices": set(),
     "scan": set(),
     "claims": {"parametric", "sheets"},
     "parametric": {"architectures"},

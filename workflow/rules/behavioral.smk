@@ -28,6 +28,7 @@ rule extract_activations:
         mem_mb=memory,
         runtime=lambda wildcards: model(wildcards).runtime,
         gpu=gpus,
+        gres=gres,
         gpu_jobs=gpu_jobs,
     params:
         kind=lambda wildcards: corpus(wildcards).kind,

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(workflow.basedir).parent / "scripts"))
 
 from snakemake.exceptions import WorkflowError
 
-from moe_atlas import sheets
+from moe_atlas import devices, sheets
 from moe_atlas.claims.judge import TABLES as JUDGED_TABLES
 from moe_atlas.claims.published import TABLES as PUBLISHED_TABLES
 from moe_atlas.claims.published import load_published
@@ -101,18 +101,29 @@ def memory(wildcards, attempt):
 
 
 def gpus(wildcards):
-    """GPUs of the model's row. None asks for no GPU at all."""
-    return model(wildcards).gpus or None
+    """GPUs of the model's row, where they are asked for by number. None asks for no GPU at all."""
+    return None if CONFIG["gpu_gres"] else model(wildcards).gpus or None
+
+
+def gres(wildcards):
+    """The same as a generic resource of Slurm, where the config names one."""
+    count = model(wildcards).gpus
+    return f"{CONFIG['gpu_gres']}:{count}" if CONFIG["gpu_gres"] and count else None
 
 
 def gpu_jobs(wildcards):
-    """1 for a job on a GPU: a machine's profile limits how many of these run at a time, not how many GPUs one has."""
+    """1 for a job on a GPU: a machine's limit is on how many of these run at a time, not on how many GPUs one has."""
     return 1 if model(wildcards).gpus else None
+
+
+# A machine runs one such job a GPU; each takes a GPU that is free (moe_atlas/devices.py). --resources comes first.
+if workflow.is_main_process and "gpu_jobs" not in workflow.global_resources.keys() and models_where(lambda row: row.gpus):
+    workflow.register_resource("gpu_jobs", max(1, len(devices.present())))
 
 
 def device(wildcards, resources):
     """Where a model runs. It follows what the job was given, and is no reason to run it again."""
-    return "cuda" if resources.get("gpu") else "cpu"
+    return "cuda" if resources.get("gpu") or resources.get("gres") else "cpu"
 
 
 def model_threads(wildcards):

@@ -32,6 +32,7 @@ rule fetch_use_delete:
         mem_mb=memory,
         runtime=lambda wildcards: model(wildcards).runtime,
         gpu=gpus,
+        gres=gres,
         gpu_jobs=gpu_jobs,
     params:
         repository=lambda wildcards: model(wildcards).repository,
