@@ -1,6 +1,6 @@
 """Look into a model of the Hub that is larger than the disk: fetch its shards, use them, delete them, in one pass.
 
-Writes what download_checkpoint.py, weight_similarity.py and extract_activations.py write for a model that is kept.
+Writes what download_checkpoint.py, weight_statistics.py and extract_activations.py write for a model that is kept.
 At most three shards lie on disk at a time; each is checked against the Hub's hash before it is used.
 """
 
@@ -16,7 +16,7 @@ from moe_atlas.hub.download import ShardFolder, fetch
 from moe_atlas.hub.repository import look_up
 from moe_atlas.log import Progress, run, say, size
 from moe_atlas.manifest import describe, open_checkpoint, shape_of
-from moe_atlas.parametric.matching import chosen_layers
+from moe_atlas.parametric.chosen import chosen_layers
 from moe_atlas.parametric.outliers import OutlierRule
 from moe_atlas.parametric.together import WeightStatistics
 
@@ -40,11 +40,11 @@ def main() -> None:
     )
     parser.add_argument("--similarity", required=True, help="similarity.parquet to write")
     parser.add_argument("--matching", required=True, help="matching.parquet to write")
-    parser.add_argument("--matching-layers", default="", help="as --layers of neuron_matching.py")
-    parser.add_argument("--matching-max-layers", type=int, default=0, help="as --max-layers of neuron_matching.py")
-    parser.add_argument("--matching-max-pairs", type=int, default=0, help="as --max-pairs of neuron_matching.py")
-    parser.add_argument("--projection-max-neurons", type=int, default=2048, help="as --max-neurons of project_experts")
-    parser.add_argument("--dbscan-eps", type=float, default=OutlierRule.eps, help="as in project_experts.py")
+    parser.add_argument("--matching-layers", default="", help="as in weight_statistics.py")
+    parser.add_argument("--matching-max-layers", type=int, default=0, help="as in weight_statistics.py")
+    parser.add_argument("--matching-max-pairs", type=int, default=0, help="as in weight_statistics.py")
+    parser.add_argument("--projection-max-neurons", type=int, default=2048, help="as in weight_statistics.py")
+    parser.add_argument("--dbscan-eps", type=float, default=OutlierRule.eps, help="as in weight_statistics.py")
     parser.add_argument("--dbscan-min-samples", type=int, default=OutlierRule.min_samples, help="as there")
     parser.add_argument("--projection", required=True, help="projection.parquet to write")
     parser.add_argument("--explained-variance", required=True, help="explained_variance.parquet to write")

@@ -100,7 +100,7 @@ def atlas(hub, tmp_path_factory):
 
 def test_fetched_models_have_every_table_and_their_files_are_the_hubs(atlas):
     assert {rule for rule, model in finished((atlas / "output.txt").read_text()) if model == "mixtral"} >= {
-        "download_checkpoint", "weight_similarity", "extract_activations",
+        "download_checkpoint", "weight_statistics", "extract_activations",
     }  # fmt: skip
     manifest = read_json(atlas / "results/models/mixtral/checkpoint.json")
     assert {entry["name"]: entry["sha256"] for entry in manifest["files"]} == {
@@ -148,7 +148,7 @@ def test_once_fetched_everything_is_made_without_the_network(atlas, hub, tmp_pat
     (results / "behavioral/prompt/activations.safetensors").unlink()
     hub.requests.clear()
     jobs = {rule for rule, model in finished(snakemake(hub, folder, *TARGETS)) if model}
-    assert jobs >= {"weight_similarity", "extract_activations"} and "download_checkpoint" not in jobs
+    assert jobs >= {"weight_statistics", "extract_activations"} and "download_checkpoint" not in jobs
     assert hub.requests == []
     assert hashes(folder) == before
     assert "Nothing to be done" in snakemake(hub, folder, *TARGETS)
@@ -162,7 +162,7 @@ def test_a_new_corpus_or_revision_fetches_what_was_deleted_anew_and_nothing_else
     finally:
         write_sheet(atlas / "config/corpora.tsv", rows)
     assert {job.rule for job in jobs if job.wildcards.get("model") == "big"} >= {"fetch_use_delete", "short_tables"}
-    assert not [job for job in jobs if job.rule in ("download_checkpoint", "weight_similarity")]
+    assert not [job for job in jobs if job.rule in ("download_checkpoint", "weight_statistics")]
 
 
 def test_a_run_that_was_interrupted_goes_on_with_the_shards_it_has(hub, tmp_path):

@@ -17,11 +17,10 @@ from moe_atlas.architectures.bank import FFN, ExpertBank
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
 from moe_atlas.layerwise import each_layer
+from moe_atlas.parametric.chosen import chosen_layers, chosen_pairs
 from moe_atlas.parametric.matching import (
     Entry,
     assign,
-    chosen_layers,
-    chosen_pairs,
     directions,
     kendall_tau,
     match_pair,

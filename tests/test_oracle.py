@@ -73,7 +73,7 @@ def results(tmp_path_factory) -> dict[str, pl.DataFrame]:
     write_sheets(folder)
     paths = {name: f"results/tables/{name}.parquet" for name in Notebooks.TABLES}
     # One thread a job, so that two run at a time: these models are tiny, and it is the start of a job that takes long.
-    heavy = ("describe_checkpoint", "weight_similarity", "extract_activations")
+    heavy = ("describe_checkpoint", "weight_statistics", "extract_activations")
     snakemake(folder, *paths.values(), "--set-threads", *(f"{rule}=1" for rule in heavy))
     return {name: tables.read(name, folder / path) for name, path in paths.items()}
 

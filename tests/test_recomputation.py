@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from moe_atlas import tables
 from moe_atlas.behavioral.tables import FROM_LAYERS, FROM_SUMS, FROM_TOKENS
+from moe_atlas.parametric.gather import NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["the router picks two experts", "an expert is a feed-forward network", "experts of one layer", "the end"]
@@ -56,7 +57,8 @@ def test_every_table_value_equals_a_float64_recomputation(tmp_path, family):
     source = ("--model", "m", "--checkpoint", tmp_path / "m.json", *dense)
     written = {name: tmp_path / f"{name}.parquet" for name in tables.TABLES}
 
-    program("weight_similarity", *source, "--output", written["similarity"])
+    options = [part for name in NAMES for part in (f"--{name.replace('_', '-')}", written[name])]
+    program("weight_statistics", *source, *options)
     regression = ("--similarity", written["similarity"], "--seed", 0, "--output", written["regression"])
     program("router_regression", *regression)
     recorded = ("--activations", tmp_path / "a.safetensors", "--tokens", written["tokens"])

@@ -28,9 +28,7 @@ def of_one_model(shorts: int, longs: int) -> dict[str, int]:
     """Jobs that one more model needs, its checkpoint aside."""
     jobs = {
         "describe_checkpoint": 1,
-        "weight_similarity": 1,
-        "neuron_matching": 1,
-        "project_experts": 1,
+        "weight_statistics": 1,
         "router_regression": 1,
         "extract_activations": shorts + longs,
         "short_tables": shorts,
@@ -130,7 +128,7 @@ def test_a_changed_row_runs_what_reads_the_changed_cell(atlas):
     assert {job.wildcards["model"] for job in jobs if "model" in job.wildcards} == {"demo-olmoe"}
     numbers = counts(jobs)
     assert numbers["extract_activations"] == 2
-    assert not {"describe_checkpoint", "weight_similarity", "router_regression", "train_demo_checkpoint"} & set(numbers)
+    assert not {"describe_checkpoint", "weight_statistics", "router_regression", "train_demo_checkpoint"} & set(numbers)
     change_model(atlas, "demo-olmoe", dtype="float32", notes="other words", mem_mb="5000", runtime="99", gpus="1")
     assert planned(atlas) == []
 
@@ -139,7 +137,7 @@ def test_another_dense_reference_repeats_that_model_only(atlas):
     change_model(atlas, "demo-mixtral", dense_reference="")
     jobs = planned(atlas)
     assert {job.wildcards["model"] for job in jobs if "model" in job.wildcards} == {"demo-mixtral"}
-    assert {"weight_similarity", "extract_activations"} <= set(counts(jobs))
+    assert {"weight_statistics", "extract_activations"} <= set(counts(jobs))
     assert "describe_checkpoint" not in counts(jobs)
 
 
@@ -161,7 +159,7 @@ def test_an_edit_of_plotting_code_draws_again_and_computes_nothing(atlas):
 
 
 def test_an_edit_of_expensive_code_runs_nothing_until_its_version_is_raised(atlas):
-    for name in ("extract_activations", "train_demo_checkpoint", "describe_checkpoint", "weight_similarity"):
+    for name in ("extract_activations", "train_demo_checkpoint", "describe_checkpoint", "weight_statistics"):
         append(atlas / f"scripts/{name}.py", "\n# a comment\n")
     append(atlas / "scripts/moe_atlas/stream.py", "\n# a comment\n")
     assert planned(atlas) == []
@@ -170,7 +168,7 @@ def test_an_edit_of_expensive_code_runs_nothing_until_its_version_is_raised(atla
     common.write_text(re.sub(r'("extract_activations": )(\d+)', r"\g<1>99", text), encoding="utf-8")
     numbers = counts(planned(atlas))
     assert numbers["extract_activations"] == 8
-    assert not {"train_demo_checkpoint", "describe_checkpoint", "weight_similarity", "prepare_corpus"} & set(numbers)
+    assert not {"train_demo_checkpoint", "describe_checkpoint", "weight_statistics", "prepare_corpus"} & set(numbers)
 
 
 def test_models_that_share_a_series_are_compared(atlas):
@@ -292,7 +290,7 @@ def rule_blocks() -> dict[str, str]:
 
 def test_every_rule_says_what_it_does_logs_and_is_measured():
     blocks = rule_blocks()
-    assert len(blocks) == 24
+    assert len(blocks) == 23
     for name, block in blocks.items():
         assert '"""' in block.split("input:")[0], f"{name} has no docstring"
         for directive in ("log", "benchmark", "conda", "threads", "resources", "shell"):
@@ -318,7 +316,7 @@ def test_the_published_models_are_planned_without_a_network(tmp_path):
     by_rule = {rule: {job.wildcards.get("model") for job in jobs if job.rule == rule} for rule in counts(jobs)}
     assert by_rule["fetch_use_delete"] == deleted == {"mixtral-8x22b", "grok-1"}
     assert by_rule["download_checkpoint"] == {row["model"] for row in rows} - deleted
-    assert not deleted & (by_rule["weight_similarity"] | by_rule["extract_activations"])
+    assert not deleted & (by_rule["weight_statistics"] | by_rule["extract_activations"])
     assert "describe_checkpoint" not in by_rule
     corpora = read_sheet(folder / "config/paper-corpora.tsv")
     assert counts(jobs)["fetch_corpus"] == sum(row["source"].startswith("hf:") for row in corpora)

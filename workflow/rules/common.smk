@@ -32,9 +32,7 @@ METHODS = {
     "prepare_corpus": 1,
     "train_demo_checkpoint": 1,
     "describe_checkpoint": 2,
-    "weight_similarity": 1,
-    "neuron_matching": 1,
-    "project_experts": 1,
+    "weight_statistics": 1,
     "extract_activations": 4,
 }
 

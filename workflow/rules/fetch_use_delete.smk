@@ -47,16 +47,7 @@ rule fetch_use_delete:
         eps=CONFIG["dbscan_eps"],
         min_samples=CONFIG["dbscan_min_samples"],
         device=device,
-        methods=[
-            METHODS[name]
-            for name in (
-                "describe_checkpoint",
-                "weight_similarity",
-                "neuron_matching",
-                "project_experts",
-                "extract_activations",
-            )
-        ],
+        methods=[METHODS[name] for name in ("describe_checkpoint", "weight_statistics", "extract_activations")],
     shell:
         """
         HF_HUB_OFFLINE=0 python {input.code:q} --model {wildcards.model:q} --repository {params.repository:q} \

@@ -2,21 +2,24 @@
 #
 # Inputs    results/models/{model}/checkpoint.json and the weights it names
 # Outputs   results/models/{model}/parametric/*.parquet
-# Cost      one read of the expert weights for each rule, layer by layer, on the CPU; a matched pair costs a matrix
-#           product and an assignment for each matrix (seconds to a minute at 14,336 neurons); the components of n neurons of
-#           width d cost a matrix product for each matrix (2 n d^2 operations); seconds for the regression
-rule weight_similarity:
-    """Cosine similarity of experts by weight matrix, by mean neuron and by router row."""
+# Cost      one read of the layers with experts, on the CPU; a matched pair costs a matrix product and an assignment for
+#           each matrix (half a minute of a core at 14,336 neurons); the components of n neurons of width d cost half a
+#           matrix product for each matrix (n d^2 operations); seconds for the regression
+rule weight_statistics:
+    """Similarity of experts, matched neurons and principal components: all tables of the weights in one read."""
     input:
-        code=ancient("scripts/weight_similarity.py"),
+        code=ancient("scripts/weight_statistics.py"),
         checkpoint="results/models/{model}/checkpoint.json",
         dense=dense_reference,
     output:
-        "results/models/{model}/parametric/similarity.parquet",
+        **{
+            name: temp(weights_table(name, whole=False)) if SPLIT else weights_table(name, whole=True)
+            for name in MADE_TOGETHER
+        },
     log:
-        "results/logs/weight_similarity/{model}.log",
+        f"results/logs/weight_statistics/{WEIGHTS_JOB}.log",
     benchmark:
-        "results/benchmarks/weight_similarity/{model}.tsv"
+        f"results/benchmarks/weight_statistics/{WEIGHTS_JOB}.tsv"
     wildcard_constraints:
         model=one_of(models_where(lambda row: row.keep)),
     conda:
@@ -27,13 +30,58 @@ rule weight_similarity:
         runtime=lambda wildcards: model(wildcards).runtime,
     params:
         dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
-        method=METHODS["weight_similarity"],
+        parts=weights_part,
+        layers=lambda wildcards: model(wildcards).matching_layers,
+        most_layers=CONFIG["matching_max_layers"],
+        most_pairs=CONFIG["matching_max_pairs"],
+        most_neurons=CONFIG["projection_max_neurons"],
+        eps=CONFIG["dbscan_eps"],
+        min_samples=CONFIG["dbscan_min_samples"],
+        method=METHODS["weight_statistics"],
     shell:
         """
         exec >{log:q} 2>&1
         python {input.code:q} --model {wildcards.model:q} --checkpoint {input.checkpoint:q} {params.dense:q} \
-            --output {output:q}
+            {params.parts:q} --matching-layers={params.layers:q} --matching-max-layers {params.most_layers:q} \
+            --matching-max-pairs {params.most_pairs:q} --projection-max-neurons {params.most_neurons:q} \
+            --dbscan-eps {params.eps:q} --dbscan-min-samples {params.min_samples:q} \
+            --similarity {output.similarity:q} --matching {output.matching:q} --projection {output.projection:q} \
+            --explained-variance {output.explained_variance:q}
         """
+
+
+if SPLIT:
+
+    rule gather_weight_statistics:
+        """Put the parts together, as one job would have written them."""
+        input:
+            **{name: parts_of(name) for name in MADE_TOGETHER},
+            code=code("scripts/gather_weight_statistics.py"),
+        output:
+            **{name: weights_table(name, whole=True) for name in MADE_TOGETHER},
+        log:
+            "results/logs/gather_weight_statistics/{model}.log",
+        benchmark:
+            "results/benchmarks/gather_weight_statistics/{model}.tsv"
+        wildcard_constraints:
+            model=one_of(models_where(lambda row: row.keep)),
+        localrule: True
+        conda:
+            "../envs/statistics.yaml"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=30,
+        shell:
+            """
+            exec >{log:q} 2>&1
+            python {input.code[0]:q} \
+                --similarity-parts {input.similarity:q} --similarity {output.similarity:q} \
+                --matching-parts {input.matching:q} --matching {output.matching:q} \
+                --projection-parts {input.projection:q} --projection {output.projection:q} \
+                --explained-variance-parts {input.explained_variance:q} \
+                --explained-variance {output.explained_variance:q}
+            """
 
 
 rule router_regression:
@@ -59,76 +107,4 @@ rule router_regression:
         """
         exec >{log:q} 2>&1
         python {input.code[0]:q} --similarity {input.similarity:q} --seed {params.seed:q} --output {output:q}
-        """
-
-
-rule neuron_matching:
-    """Match the neurons of experts, pair by pair, beside what independent experts would give."""
-    input:
-        code=ancient("scripts/neuron_matching.py"),
-        checkpoint="results/models/{model}/checkpoint.json",
-        dense=dense_reference,
-    output:
-        "results/models/{model}/parametric/matching.parquet",
-    log:
-        "results/logs/neuron_matching/{model}.log",
-    benchmark:
-        "results/benchmarks/neuron_matching/{model}.tsv"
-    wildcard_constraints:
-        model=one_of(models_where(lambda row: row.keep)),
-    conda:
-        "../envs/checkpoints.yaml"
-    threads: model_threads
-    resources:
-        mem_mb=memory,
-        runtime=lambda wildcards: model(wildcards).runtime,
-    params:
-        dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
-        layers=lambda wildcards: model(wildcards).matching_layers,
-        most_layers=CONFIG["matching_max_layers"],
-        most_pairs=CONFIG["matching_max_pairs"],
-        method=METHODS["neuron_matching"],
-    shell:
-        """
-        exec >{log:q} 2>&1
-        python {input.code:q} --model {wildcards.model:q} --checkpoint {input.checkpoint:q} {params.dense:q} \
-            --layers={params.layers:q} --max-layers {params.most_layers:q} --max-pairs {params.most_pairs:q} \
-            --output {output:q}
-        """
-
-
-rule project_experts:
-    """Principal components of the experts' matrices and of their neurons, beside those of independent weights."""
-    input:
-        code=ancient("scripts/project_experts.py"),
-        checkpoint="results/models/{model}/checkpoint.json",
-        dense=dense_reference,
-    output:
-        projection="results/models/{model}/parametric/projection.parquet",
-        explained="results/models/{model}/parametric/explained_variance.parquet",
-    log:
-        "results/logs/project_experts/{model}.log",
-    benchmark:
-        "results/benchmarks/project_experts/{model}.tsv"
-    wildcard_constraints:
-        model=one_of(models_where(lambda row: row.keep)),
-    conda:
-        "../envs/checkpoints.yaml"
-    threads: model_threads
-    resources:
-        mem_mb=memory,
-        runtime=lambda wildcards: model(wildcards).runtime,
-    params:
-        dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
-        most_neurons=CONFIG["projection_max_neurons"],
-        eps=CONFIG["dbscan_eps"],
-        min_samples=CONFIG["dbscan_min_samples"],
-        method=METHODS["project_experts"],
-    shell:
-        """
-        exec >{log:q} 2>&1
-        python {input.code:q} --model {wildcards.model:q} --checkpoint {input.checkpoint:q} {params.dense:q} \
-            --max-neurons {params.most_neurons:q} --dbscan-eps {params.eps:q} \
-            --dbscan-min-samples {params.min_samples:q} --projection {output.projection:q} \
-            --explained-variance {output.explained:q}
         """

@@ -5,9 +5,11 @@ the value that independent matrices give, since an optimal assignment raises the
 joint matching in which a neuron's three vectors keep together.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 
 import lap
 import numpy as np
@@ -18,6 +20,8 @@ from scipy.stats import kendalltau
 from moe_atlas import tables
 from moe_atlas.architectures.bank import FFN, ExpertBank
 from moe_atlas.errors import AtlasError
+from moe_atlas.parallel import each, one_thread_each
+from moe_atlas.parametric.chosen import EVERYTHING, Share, chosen_pairs
 from moe_atlas.parametric.similarity import REFERENCE, SHARED, check_width
 
 JOINT = "joint"
@@ -27,6 +31,10 @@ NULL_DRAWS_LARGE, NULL_SHUFFLES = 3, 16
 # The null's spread needs more draws than its mean. It is drawn at this many neurons and as wide for its neurons as the
 # real shape, and scaled by 1/neurons: from 256 to 1024 neurons that law is right to 10 %, to 25 % for unequal widths.
 SPREAD_NEURONS = 512
+# Costs of the pairs that are matched side by side, each by one thread. Where those of two pairs do not fit, the threads
+# share the products of one pair, and its assignments run beside them.
+COST_BYTES = 1 << 30
+_ROWS = 1024  # rows of one thread's product
 _SMALLEST_NORM = 1e-8
 
 
@@ -47,10 +55,31 @@ def assign(similarity: torch.Tensor) -> np.ndarray:
     similarity: (a, b) finite. Returns for each row its column, (a,) int64; -1 where a has more rows than b columns and
     the row stays alone.
     """
-    rows, columns = lap.lapjvs(np.negative(similarity.cpu().numpy()), return_cost=False, prefer_float32=True)
-    matched = np.full(similarity.shape[0], -1)
+    return _cheapest(similarity.neg())
+
+
+def _cheapest(costs: torch.Tensor) -> np.ndarray:
+    """assign of the negative of `costs`. A square matrix in memory of its own is not copied."""
+    rows, columns = lap.lapjvs(costs.cpu().numpy(), return_cost=False, prefer_float32=True)
+    matched = np.full(costs.shape[0], -1)
     matched[rows] = columns
     return matched
+
+
+def _add_costs(costs: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Take the inner products of first (a, d) and second (b, d) off costs (a, b), in place."""
+
+    def add(start: int) -> None:
+        costs[start : start + _ROWS].addmm_(first[start : start + _ROWS], second.T, alpha=-1)
+
+    each(add, range(0, len(first), _ROWS))
+    return costs
+
+
+def _side_by_side(first: int, second: int) -> int:
+    """How many pairs of entries with these numbers of neurons are matched at a time: 8 bytes for two neurons."""
+    size = max(first, second)
+    return max(1, COST_BYTES // (8 * size * size))
 
 
 def kendall_tau(matched: np.ndarray, columns: int) -> float | None:
@@ -77,20 +106,25 @@ def null_matches(first: int, second: int, width: int, matrices: int) -> np.ndarr
     larger = max(first, second)
     draws = next((draws for most, draws in NULL_DRAWS if larger <= most), NULL_DRAWS_LARGE)
     seeds = np.random.SeedSequence([first, second, width, matrices]).generate_state(draws * matrices * 2)
-    found = []
-    for draw in seeds.reshape(draws, matrices, 2).tolist():
-        similarity = torch.zeros(first, second)
-        for left, right in draw:
-            similarity.addmm_(_drawn(first, width, left), _drawn(second, width, right).T)
-        matched = assign(similarity)
-        del similarity
+
+    def found(draw: list[list[int]]) -> np.ndarray:
+        costs = torch.zeros(first, second)
+        for seeds_of_pair in draw:
+            sides = zip((first, second), seeds_of_pair, strict=True)
+            _add_costs(costs, *each(lambda side: _drawn(side[0], width, side[1]), sides))
+        matched = _cheapest(costs)
+        del costs
         kept = np.flatnonzero(matched >= 0)
+
         # Drawn a second time rather than held: of a large layer all of them would be as large as an expert or two.
-        pairs = (
-            (_drawn(first, width, left)[kept], _drawn(second, width, right)[matched[kept]]) for left, right in draw
-        )
-        found.append(np.stack([_cosines(*pair) for pair in pairs]))
-    return np.stack(found)
+        def cosines(seeds_of_pair: list[int]) -> np.ndarray:
+            left, right = seeds_of_pair
+            return _cosines(_drawn(first, width, left)[kept], _drawn(second, width, right)[matched[kept]])
+
+        return np.stack(each(cosines, draw, 1))
+
+    together, everything = _side_by_side(first, second), seeds.reshape(draws, matrices, 2).tolist()
+    return np.stack(each(found, everything, together) if together > 1 else [found(draw) for draw in everything])
 
 
 def _drawn(neurons: int, width: int, seed: int) -> torch.Tensor:
@@ -129,14 +163,20 @@ def null_moments(first: np.ndarray, second: np.ndarray, width: int) -> tuple[flo
     first (matrices, a), second (matrices, b): norms. Two sources of spread are added up: which norms meet which
     cosines, and how well the directions match. Mean and sd are estimates: 3 to 32 draws, see NULL_DRAWS.
     """
-    values = null_values(null_matches(first.shape[1], second.shape[1], width, len(first)), first, second)
-    shrunk = max(1.0, max(first.shape[1], second.shape[1]) / SPREAD_NEURONS)
-    sizes = [max(2, round(size / shrunk)) for size in (first.shape[1], second.shape[1], width)]
-    means = null_matches(*sizes, len(first)).mean(2)  # (draws, matrices)
+    sizes = first.shape[1], second.shape[1], width
+    values = null_values(null_matches(*sizes, len(first)), first, second)
+    shrunk, smaller = _shrunk(*sizes)
+    means = null_matches(*smaller, len(first)).mean(2)  # (draws, matrices)
     left, right, lengths = _dealt(first, second)
     shares = ((left * right).sum(2) / lengths[:, None]).mean(0)
     between = (means @ shares).var(ddof=1) / shrunk**2
     return float(values.mean()), float(np.sqrt(between + values.var(axis=1, ddof=1).mean()))
+
+
+def _shrunk(first: int, second: int, width: int) -> tuple[float, list[int]]:
+    """By how much the null's spread is drawn smaller, and its sizes there."""
+    factor = max(1.0, max(first, second) / SPREAD_NEURONS)
+    return factor, [max(2, round(size / factor)) for size in (first, second, width)]
 
 
 def _cosines(left: torch.Tensor, right: torch.Tensor) -> np.ndarray:
@@ -148,8 +188,8 @@ class Entry:
     """One expert, the dense reference or the shared expert, its neurons normalised once for all pairs."""
 
     def __init__(self, matrices: Mapping[str, torch.Tensor]):
-        vectors = {name: neuron_vectors(matrix, name) for name, matrix in matrices.items()}
-        split = {name: directions(rows) for name, rows in vectors.items()}
+        found = each(lambda item: directions(neuron_vectors(item[1], item[0])), matrices.items())
+        split = dict(zip(matrices, found, strict=True))
         self.rows = {name: rows for name, (rows, _) in split.items()}
         self.norms = {name: norms.double().cpu().numpy() for name, (_, norms) in split.items()}
 
@@ -163,7 +203,9 @@ def matched_cosine(first: Entry, second: Entry, names: list[str], left: np.ndarr
     products, lengths = 0.0, np.zeros(2)
     for name in names:
         norms = first.norms[name][left], second.norms[name][right]
-        products += (_cosines(first.rows[name][left], second.rows[name][right]) * norms[0] * norms[1]).sum()
+        blocks = [slice(start, start + _ROWS) for start in range(0, len(left), _ROWS)]
+        cosines = [_cosines(first.rows[name][left[part]], second.rows[name][right[part]]) for part in blocks]
+        products += (np.concatenate([np.zeros(0), *cosines]) * norms[0] * norms[1]).sum()
         lengths += [(side**2).sum() for side in norms]
     return float(np.clip(products / np.maximum(np.sqrt(lengths), _SMALLEST_NORM).prod(), -1, 1))
 
@@ -174,12 +216,32 @@ def match_pair(first: Entry, second: Entry) -> list[dict]:
     Each matrix is matched by itself, as the paper does, and once jointly: one permutation that maximises the sum of the
     three cosines of a neuron; its cosine is that of the three flattened matrices put together.
     """
-    names, rows, joint = [name for name in first.rows if name in second.rows], [], None
-    for name in names:
-        similarity = first.rows[name] @ second.rows[name].T
-        rows.append({"matrix": name} | _compared(first, second, [name], assign(similarity)))
-        joint = similarity if joint is None else joint.add_(similarity)
-    return [*rows, {"matrix": JOINT} | _compared(first, second, names, assign(joint))]
+    names = [name for name in first.rows if name in second.rows]
+    matched = _assignments(first, second, names)
+    parts = [*([name] for name in names), names]
+    found = each(lambda pair: _compared(first, second, *pair), zip(parts, matched, strict=True))
+    return [{"matrix": name} | row for name, row in zip([*names, JOINT], found, strict=True)]
+
+
+def _assignments(first: Entry, second: Entry, names: list[str]) -> list[np.ndarray]:
+    """The matching by each of these matrices, and by all of them. Holds the costs of three, of two with one thread."""
+    with one_thread_each(2) if torch.get_num_threads() > 1 else contextlib.nullcontext() as pool:
+        # An assignment keeps one thread busy: beside it the others go on with the next product.
+        def start(costs: torch.Tensor) -> Callable[[], np.ndarray]:
+            return pool.submit(_cheapest, costs).result if pool else functools.partial(np.copy, _cheapest(costs))
+
+        joint, jobs = None, []
+        for name in names:
+            sides = first.rows[name], second.rows[name]
+            costs = _add_costs(torch.zeros(first.neurons, second.neurons, device=sides[0].device), *sides)
+            jobs.append(start(costs))
+            if joint is None:
+                joint = costs
+            else:
+                jobs[0]()  # which reads what is now changed
+                joint.add_(costs)
+            del costs
+        return [job() for job in [*jobs, start(joint)]]
 
 
 def _compared(first: Entry, second: Entry, names: list[str], matched: np.ndarray) -> dict:
@@ -199,58 +261,23 @@ def _compared(first: Entry, second: Entry, names: list[str], matched: np.ndarray
     }
 
 
-def chosen_pairs(labels: list[str], most: int) -> list[tuple[str, str]]:
-    """All pairs of labels, a before b, without the diagonal; `most` of them where there are more. most 0 keeps all.
-
-    Half of them at most are pairs with F and SE, evenly spaced. Those of routed experts are taken by distance, with the
-    neighbour first, so that every expert has about as many pairs as any other.
-    """
-    pairs = list(itertools.combinations(labels, 2))
-    if not most or len(pairs) <= most:
-        return pairs
-    special = [pair for pair in pairs if not pair[1].isdigit()]
-    routed = [label for label in labels if label.isdigit()]
-    ring = [
-        (routed[min(i, j)], routed[max(i, j)])
-        for distance in range(1, len(routed) // 2 + 1)
-        for i in range(len(routed) // (1 + (2 * distance == len(routed))))
-        for j in [(i + distance) % len(routed)]
-    ]
-    # Either kind may use what the other leaves.
-    count = min(len(special), max(most // 2, most - len(ring)))
-    spaced = [special[index] for index in np.linspace(0, len(special) - 1, count).round().astype(int)] if count else []
-    kept = set(spaced) | set(ring[: most - count])
-    return [pair for pair in pairs if pair in kept]
-
-
-def chosen_layers(layers: list[int], wanted: str, most: int) -> list[int]:
-    """The layers that are matched: those named in `wanted` (comma-separated), else at most `most`, evenly spaced.
-
-    layers: those with experts. Raises AtlasError when another one is named.
-    """
-    if wanted:
-        named = {int(layer) for layer in wanted.split(",")}
-        unknown = sorted(named - set(layers))
-        if unknown:
-            raise AtlasError(
-                f"matching_layers {wanted}: layer {unknown[0]} has no experts to match; those that have are "
-                f"{', '.join(map(str, layers)) or 'none'}."
-            )
-        return [layer for layer in layers if layer in named]
-    if not most or len(layers) <= most:
-        return layers
-    return [layers[index] for index in np.linspace(0, len(layers) - 1, most).round().astype(int)]
-
-
 def neuron_matching(
-    bank: ExpertBank, *, model: str, layer: int, reference: FFN | None = None, max_pairs: int = 0
+    bank: ExpertBank,
+    *,
+    model: str,
+    layer: int,
+    reference: FFN | None = None,
+    max_pairs: int = 0,
+    share: Share = EVERYTHING,
 ) -> pl.DataFrame:
     """Table "matching" of one layer: every pair once (or `max_pairs` of them), a before b, no diagonal.
 
-    Entries are the N routed experts, then F (`reference`) and SE (the shared expert). Where the widths differ the
-    smaller one's neurons are all matched, cosine_before and tau are null. Memory: of one pair the neurons in float32,
-    and 12 bytes for each pair of neurons. Raises AtlasError when the reference has another hidden width, or a weight is
-    not finite.
+    share: which of those pairs, in that order. Entries are the N routed experts, then F (`reference`) and SE (the
+    shared expert). Where the widths differ the smaller one's neurons are all matched, cosine_before and tau are null.
+    As many pairs are matched side by side as torch has threads and COST_BYTES allow; what is found depends on neither.
+    Memory for each of them: the neurons of two entries in float32 and 8 bytes for each pair of neurons, 12 where one
+    pair is matched by several threads.
+    Raises AtlasError when the reference has another hidden width, or a weight is not finite.
     """
     if reference is not None:
         check_width(bank, reference, model)
@@ -260,18 +287,43 @@ def neuron_matching(
             named = {"up": ffn.up, "act": ffn.act, "down": ffn.down}
             parts[label] = {name: matrix for name, matrix in named.items() if matrix is not None}
 
-    @functools.lru_cache(maxsize=2)
-    def entry(label: str) -> Entry:
-        made = Entry(parts[label])
-        for name, norms in made.norms.items():
+    pairs = share.of(chosen_pairs(list(parts), max_pairs))
+    together = min(
+        [_side_by_side(*(len(parts[label]["up"]) for label in pair)) for pair in pairs] + [torch.get_num_threads()]
+    )
+    lock = threading.Lock()
+
+    @functools.lru_cache(maxsize=together + 1)
+    def made(label: str) -> Entry:
+        entry = Entry(parts[label])
+        for name, norms in entry.norms.items():
             if not np.isfinite(norms).all():
                 raise AtlasError(
                     f"{model}, layer {layer}: {name} of expert {label} holds values that are not finite; "
                     "check the checkpoint's files against their published hashes."
                 )
-        return made
+        return entry
 
-    pairs = chosen_pairs(list(parts), max_pairs)
-    rows = [{"a": a, "b": b} | row for a, b in pairs for row in match_pair(entry(a), entry(b))]
+    def matched(pair: tuple[str, str]) -> list[dict]:
+        with lock:  # no expert is prepared twice at a time
+            entries = [made(label) for label in pair]
+        return [{"a": pair[0], "b": pair[1]} | row for row in match_pair(*entries)]
+
+    _draw_nulls({_shape(*(parts[label] for label in pair)) for pair in pairs})
+    found = each(matched, pairs, together) if together > 1 else [matched(pair) for pair in pairs]
+    rows = list(itertools.chain.from_iterable(found))
     frame = pl.DataFrame(rows, infer_schema_length=None) if rows else tables.empty("matching")
     return tables.conform("matching", frame.with_columns(model=pl.lit(model), layer=pl.lit(layer)))
+
+
+def _shape(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> tuple[int, int, int, int]:
+    """Neurons of two entries, their width, and how many matrices both have."""
+    return len(first["up"]), len(second["up"]), first["up"].shape[1], len(first.keys() & second.keys())
+
+
+def _draw_nulls(shapes: set[tuple[int, int, int, int]]) -> None:
+    """Draw the nulls of these shapes once, with all threads, before several of them ask for the same."""
+    for first, second, width, matrices in sorted(shapes):
+        for count in {1, matrices}:
+            null_matches(first, second, width, count)
+            null_matches(*_shrunk(first, second, width)[1], count)

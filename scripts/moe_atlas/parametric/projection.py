@@ -6,27 +6,37 @@ variance that a component explains, and the share it would have if all entries w
 
 Matrices have far more coordinates than there are experts, neurons far fewer than there are neurons: the components of
 the first come from the inner products of the points, of the second from the correlations of the coordinates. Either
-way products are float32, their sums float64, and the weights are never copied whole.
+way products are float32, their sums float64, and the weights are never copied whole. Of the correlations, which are
+symmetric, one half is computed.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
 import torch
 from scipy.linalg import eigh
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
 from moe_atlas import tables
 from moe_atlas.architectures.bank import FFN, ExpertBank
 from moe_atlas.errors import AtlasError
+from moe_atlas.parallel import each, one_thread_each
 from moe_atlas.parametric.isotropic import null_ratios
 from moe_atlas.parametric.outliers import OutlierRule
-from moe_atlas.parametric.similarity import REFERENCE, add_products, check_width
+from moe_atlas.parametric.similarity import REFERENCE, add_products, check_width, row_spans
 
 COMPONENTS = 3
 DEFAULT_RULE = OutlierRule()
 _BLOCK = 1 << 20  # float32 numbers of a block of matrices, 4 MiB: the size of a cache
 _ROWS = 1024  # neurons in one product
+_TERMS = 64  # neurons in one float32 sum
+_TILE = 512  # coordinates a side of one thread's product
+# A few eigenvalues of a matrix with more coordinates come from Lanczos vectors: products with it, not its reduction to
+# a tridiagonal one. For independent weights of width 4096, the slowest case, a sixth of the time; to the last digit.
+_LANCZOS_FROM, _LANCZOS_VECTORS = 1024, 80
 
 
 @dataclass(frozen=True)
@@ -56,16 +66,21 @@ def matrix_components(bank: torch.Tensor, extras: list[torch.Tensor], *, block: 
     if not count:
         return Components(np.zeros((points, 0)), np.zeros(0))
     step = max(1, block // (points * columns))
-    gram = torch.zeros(points, points, dtype=torch.float64, device=bank.device)
-    for first in range(0, rows, step):
-        slices = [bank[:, first : first + step], *(extra[None, first : first + step] for extra in extras)]
-        values = torch.cat([part.to(bank.device, torch.float32).flatten(1) for part in slices])
-        # The first point is the origin: experts that were copied from one network differ in the last digits only.
-        values = values - values[:1]
-        values -= values.mean(0)
-        values *= _inverse(values.square().sum(0) / (points - 1))
-        add_products(gram, values)
-    inner = gram.cpu().numpy()
+
+    def summed(span: slice) -> torch.Tensor:
+        gram = torch.zeros(points, points, dtype=torch.float64, device=bank.device)
+        for first in range(span.start, span.stop, step):
+            part = slice(first, min(first + step, span.stop))
+            slices = [bank[:, part], *(extra[None, part] for extra in extras)]
+            values = torch.cat([rows.to(bank.device, torch.float32).flatten(1) for rows in slices])
+            # The first point is the origin: experts that were copied from one network differ in the last digits only.
+            values = values - values[:1]
+            values -= values.mean(0)
+            values *= _inverse(values.square().sum(0) / (points - 1))
+            add_products(gram, values)
+        return gram
+
+    inner = sum(each(summed, row_spans(bank))).cpu().numpy()
     _check_finite(inner)
     inner = (inner + inner.T) / 2
     inner = inner - inner.mean(0) - inner.mean(1)[:, None] + inner.mean()
@@ -86,19 +101,17 @@ def neuron_components(parts: list[torch.Tensor], kept: np.ndarray, *, block: int
     if not count:
         return Components(np.zeros((len(kept), 0)), np.zeros(0))
     origin = parts[0][0].float()
-    sums = torch.zeros(2, dimension, dtype=torch.float64, device=origin.device)
-    for chunk in _chunks(parts, block):
-        moved = chunk - origin
-        sums += torch.stack([moved.sum(0, dtype=torch.float64), moved.square().sum(0, dtype=torch.float64)])
+    sums = sum(each(lambda rows: _moments(rows.float() - origin), _chunks(parts, block)))
     mean = sums[0] / points
     variance = ((sums[1] - sums[0] * mean) / (points - 1)).clamp_min(0)
     shift, scale = mean.float(), _inverse(variance).float()
 
     correlation = torch.zeros(dimension, dimension, dtype=torch.float64, device=origin.device)
-    for chunk in _chunks(parts, block):
-        values = (chunk - origin).sub_(shift).mul_(scale)
-        correlation += values.T @ values
-    matrix = correlation.cpu().numpy() / (points - 1)
+    for rows in _chunks(parts, block):
+        _add_correlations(correlation, (rows.float() - origin).sub_(shift).mul_(scale))
+    for across, down in _tiles(dimension):
+        correlation[down, across] = correlation[across, down].T.clone()
+    matrix = correlation.div_(points - 1).cpu().numpy()
     _check_finite(matrix)
     total = np.trace(matrix)
     variances, vectors = _largest(matrix, count)
@@ -113,10 +126,38 @@ def neuron_components(parts: list[torch.Tensor], kept: np.ndarray, *, block: int
     return Components(values.double().cpu().numpy() @ vectors, _shares(variances, total))
 
 
-def _chunks(parts: list[torch.Tensor], block: int):
+def _chunks(parts: list[torch.Tensor], block: int) -> Iterator[torch.Tensor]:
     for part in parts:
-        for first in range(0, len(part), block):
-            yield part[first : first + block].float()
+        yield from part.split(block)
+
+
+def _moments(rows: torch.Tensor) -> torch.Tensor:
+    """Sums of rows (m, d) float32 and of their squares, (2, d) float64: 64 terms at a time in float32."""
+    kinds = [[part, part.square()] for part in _groups(rows)]
+    return sum(torch.stack([kind.sum(1).sum(0, dtype=torch.float64) for kind in both]) for both in kinds)
+
+
+def _groups(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Rows (m, d) as groups (g, 64, d), and the rest as one of its own."""
+    whole = len(rows) // _TERMS * _TERMS
+    found = [rows[:whole].unflatten(0, (-1, _TERMS)), rows[whole:][None]]
+    return [part for part in found if part.numel()]
+
+
+def _tiles(dimension: int) -> list[tuple[slice, slice]]:
+    """Rows and columns of the tiles of a symmetric matrix that are on its diagonal or above."""
+    sides = [slice(first, min(first + _TILE, dimension)) for first in range(0, dimension, _TILE)]
+    return [(across, down) for number, across in enumerate(sides) for down in sides[number:]]
+
+
+def _add_correlations(correlation: torch.Tensor, values: torch.Tensor) -> None:
+    """Add the inner products of the columns of values (m, d) float32 to the upper tiles of correlation (d, d)."""
+
+    def add(tile: tuple[slice, slice]) -> None:
+        across, down = tile
+        correlation[across, down] += values[:, across].T @ values[:, down]
+
+    each(add, _tiles(len(correlation)))
 
 
 def _inverse(variance: torch.Tensor) -> torch.Tensor:
@@ -127,8 +168,28 @@ def _inverse(variance: torch.Tensor) -> torch.Tensor:
 def _largest(symmetric: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The largest eigenvalues (count,), falling and not negative, and their unit vectors as columns (n, count)."""
     last = len(symmetric) - 1
+    if last >= _LANCZOS_FROM:
+        with contextlib.suppress(ArpackError):
+            return _lanczos(symmetric, count)
     values, vectors = eigh(symmetric, subset_by_index=(last - count + 1, last))
     return np.maximum(values[::-1], 0), vectors[:, ::-1]
+
+
+def _lanczos(symmetric: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """_largest of a large matrix, with the implicitly restarted Lanczos method to machine precision."""
+    matrix, size = torch.from_numpy(symmetric), len(symmetric)
+    blocks, threads = matrix.split(_TILE), torch.get_num_threads()
+    with one_thread_each(threads) if threads > 1 else contextlib.nullcontext() as pool:
+
+        def product(vector: np.ndarray) -> np.ndarray:
+            vector = torch.from_numpy(np.ascontiguousarray(vector).ravel())
+            return torch.cat(list((pool.map if pool else map)(lambda rows: rows @ vector, blocks))).numpy()
+
+        start = np.random.default_rng(size).standard_normal(size)
+        operator = LinearOperator(symmetric.shape, matvec=product, dtype=np.float64)
+        values, vectors = eigsh(operator, k=count, which="LA", ncv=_LANCZOS_VECTORS, v0=start)
+    order = np.argsort(values)[::-1]
+    return np.maximum(values[order], 0), vectors[:, order]
 
 
 def _signs(columns: np.ndarray) -> np.ndarray:

@@ -4,8 +4,9 @@ Source: A Closer Look into Mixture-of-Experts (arXiv 2406.18219), sections 4.1.1
 4.1.2 and appendix D (neuron level by averaging), 4.2 and appendix E (router).
 
 All pairs of a matrix come from one Gram matrix, accumulated over blocks of rows, so that the
-weights are read once and never copied whole. Products are float32 over at most 256 terms and
-their sums float64: longer float32 sums of squares lose up to 1e-4 of a cosine at 1e6 terms.
+weights are read once and never copied whole. Threads share the rows in the same spans, however many
+they are. Products are float32 over at most 256 terms and their sums float64: longer float32 sums of
+squares lose up to 1e-4 of a cosine at 1e6 terms.
 """
 
 import math
@@ -18,10 +19,12 @@ import torch
 from moe_atlas import tables
 from moe_atlas.architectures.bank import FFN, ExpertBank
 from moe_atlas.errors import AtlasError
+from moe_atlas.parallel import each
 
 REFERENCE, SHARED = "F", "SE"
 _SMALLEST_NORM = 1e-8
 _TERMS = 256  # length of a float32 dot product
+_SPANS = 64  # of rows: each is summed up by one thread
 _BLOCK_CPU, _BLOCK_GPU = 1 << 20, 1 << 24  # float32 numbers converted at once: 4 MiB, the size of a cache; 64 MiB
 
 
@@ -37,17 +40,34 @@ def gram_and_means(
     """
     experts, rows, columns = bank.shape
     count = experts + len(extras)
-    gram = torch.zeros(count, count, dtype=torch.float64, device=bank.device)
-    means = torch.zeros(count, columns if mean_axis == 0 else rows, dtype=torch.float64, device=bank.device)
-    for first, part in row_blocks(bank, extras, block):
-        add_products(gram, part.flatten(1))
-        # Mean neurons of upcycled experts differ in the fourth digit, and a regression divides by that.
-        sums = part.double().sum(1 if mean_axis == 0 else 2)
-        if mean_axis == 0:
-            means += sums
-        else:
-            means[:, first : first + part.shape[1]] = sums
-    return gram, means / (rows if mean_axis == 0 else columns)
+
+    def summed(span: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        gram = torch.zeros(count, count, dtype=torch.float64, device=bank.device)
+        sums = []
+        for _, part in row_blocks(bank[:, span], [extra[span] for extra in extras], block):
+            add_products(gram, part.flatten(1))
+            # Mean neurons of upcycled experts differ in the fourth digit, and a regression divides by that.
+            sums.append(part.double().sum(1 if mean_axis == 0 else 2))
+            if mean_axis == 0:
+                sums = [sum(sums)]
+        return gram, torch.cat(sums, 1)
+
+    grams, sums = zip(*each(summed, row_spans(bank)), strict=True)
+    means = sum(sums) / rows if mean_axis == 0 else torch.cat(sums, 1) / columns
+    return sum(grams), means
+
+
+def row_spans(bank: torch.Tensor) -> list[slice]:
+    """The rows of bank (N, rows, columns) in spans that threads share: whole dot products, the same for any number."""
+    rows, columns = bank.shape[1:]
+    whole = _whole_rows(columns)
+    step = rows if bank.is_cuda else whole * max(1, math.ceil(rows / _SPANS / whole))
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _whole_rows(columns: int) -> int:
+    """Fewest rows that are a whole number of dot products, so that the size of a block does not move their ends."""
+    return _TERMS // math.gcd(_TERMS, columns)
 
 
 def row_blocks(
@@ -62,8 +82,7 @@ def row_blocks(
     count = experts + len(extras)
     if block is None:
         block = _BLOCK_GPU if bank.is_cuda else _BLOCK_CPU
-    # A block is a whole number of dot products, so that its size does not move their boundaries.
-    whole = _TERMS // math.gcd(_TERMS, columns)
+    whole = _whole_rows(columns)
     step = min(rows, max(1, block // (count * columns * whole)) * whole)
     buffer = torch.empty(count, step, columns, dtype=torch.float32, device=bank.device)
     for first in range(0, rows, step):

@@ -1,4 +1,4 @@
-"""Every statistic of a layer's weights in one visit: for a model whose layers are seen once."""
+"""Every statistic of a layer's weights in one visit, so that the weights of a model are read once."""
 
 from dataclasses import dataclass, field
 
@@ -6,6 +6,8 @@ import polars as pl
 
 from moe_atlas import tables
 from moe_atlas.architectures.bank import FFN, ExpertBank
+from moe_atlas.parametric.chosen import EVERYTHING, Share
+from moe_atlas.parametric.gather import NAMES, gathered
 from moe_atlas.parametric.matching import neuron_matching
 from moe_atlas.parametric.outliers import OutlierRule
 from moe_atlas.parametric.projection import DEFAULT_RULE, project_experts
@@ -16,8 +18,9 @@ from moe_atlas.parametric.similarity import weight_similarity
 class WeightStatistics:
     """Tables similarity, matching, projection and explained_variance, layer by layer.
 
-    matched_layers: layers whose neurons are matched; max_pairs: pairs of experts there (0: all); max_neurons: neurons
-    kept as points (0: all); rule: which experts are outliers.
+    matched_layers: layers whose neurons are matched; max_pairs: pairs of experts there (0: all); pairs: which share of
+    those; max_neurons: neurons kept as points (0: all); rule: which experts are outliers. The other three tables have
+    rows in the first share of the pairs only.
     """
 
     model: str
@@ -25,22 +28,29 @@ class WeightStatistics:
     max_pairs: int = 0
     max_neurons: int = 2048
     rule: OutlierRule = DEFAULT_RULE
+    pairs: Share = EVERYTHING
     _parts: dict[str, list[pl.DataFrame]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = ("similarity", "matching", "projection", "explained_variance")
-        self._parts = {name: [tables.empty(name)] for name in names}
+        self._parts = {name: [tables.empty(name)] for name in NAMES}
+
+    def needed(self, layers: list[int]) -> list[int]:
+        """Those of the layers with experts that have to be read."""
+        return [layer for layer in layers if self.pairs.share == 1 or layer in self.matched_layers]
 
     def add(self, layer: int, bank: ExpertBank, reference: FFN | None) -> None:
         """Measure one layer; reference: the FFN of the dense model there."""
         fixed = {"model": self.model, "layer": layer, "reference": reference}
-        self._parts["similarity"].append(weight_similarity(bank, **fixed))
         if layer in self.matched_layers:
-            self._parts["matching"].append(neuron_matching(bank, **fixed, max_pairs=self.max_pairs))
+            matched = neuron_matching(bank, **fixed, max_pairs=self.max_pairs, share=self.pairs)
+            self._parts["matching"].append(matched)
+        if self.pairs.share > 1:
+            return
+        self._parts["similarity"].append(weight_similarity(bank, **fixed))
         points, ratios = project_experts(bank, **fixed, max_neurons=self.max_neurons, rule=self.rule)
         self._parts["projection"].append(points)
         self._parts["explained_variance"].append(ratios)
 
     def tables(self) -> dict[str, pl.DataFrame]:
         """The four tables of all layers so far, by name."""
-        return {name: pl.concat(parts) for name, parts in self._parts.items()}
+        return {name: gathered(parts) for name, parts in self._parts.items()}
