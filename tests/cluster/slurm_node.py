@@ -137,8 +137,8 @@ class SlurmNode:
 
     def jobs(self) -> list[dict[str, str]]:
         """Every job that was ever submitted, in order: id, state, rule and wildcards, memory, GPUs, partition."""
-        fields = {"id": "JobID", "state": "State", "comment": "Comment", "memory": "MinMemory", "partition": "Partition"}
-        fields |= {"per_job": "tres-per-job", "per_node": "tres-per-node"}
+        fields = {"id": "JobID", "state": "State", "comment": "Comment", "memory": "MinMemory"}
+        fields |= {"partition": "Partition", "per_job": "tres-per-job", "per_node": "tres-per-node"}
         form = ",".join(f"{name}:|" for name in fields.values())
         rows = self.ask("squeue", "--states=all", "--noheader", "--sort=i", f"--Format={form}").splitlines()
         return [dict(zip(fields, (cell.strip() for cell in row.split("|")), strict=False)) for row in rows]
