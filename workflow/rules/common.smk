@@ -115,7 +115,11 @@ def gpu_jobs(wildcards):
 
 
 # A machine runs one such job a GPU; each takes a GPU that is free (moe_atlas/devices.py). --resources comes first.
-if workflow.is_main_process and "gpu_jobs" not in workflow.global_resources.keys() and models_where(lambda row: row.gpus):
+if (
+    workflow.is_main_process
+    and "gpu_jobs" not in workflow.global_resources.keys()
+    and models_where(lambda row: row.gpus)
+):
     workflow.register_resource("gpu_jobs", max(1, len(devices.present())))
 
 
