@@ -1,6 +1,7 @@
 # make atlas   set up .venv and run the workflow of config/config.yaml
 # make test    set up .venv and run the tests
 # make setup   set up .venv alone
+# make test-cluster   run a reduced demo on a real Slurm, which it starts and stops (root; apt-get install slurm-wlm munge)
 # make lint    check the layout of the code and of the rules
 # make lock    resolve requirements.in again; writes requirements.txt and environment.yml
 #
@@ -35,13 +36,22 @@ LOCKED := .venv/locked-$(shell cksum < requirements.txt | tr ' ' '-')
 torch = $(1) -m pip install --no-deps $(if $(TORCH_INDEX),--retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX)) \
 	"$$(grep -o '^torch==[^ ]*' $(2))" || $(1) -m pip install --no-deps "$$(grep -o '^torch==[^ ]*' $(2))"
 
-.PHONY: atlas test setup lint lock python
+.PHONY: atlas test test-cluster setup lint lock python
 
 atlas: setup
 	$(RUN) snakemake --cores $(CORES) $(ARGS)
 
 test: setup
 	$(RUN) pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+# The plugins lie beside .venv's own packages, so that no other run loads them; nodes get PYTHONPATH from the run.
+CLUSTER := $(CURDIR)/.venv/cluster-$(shell cksum < requirements-cluster.txt | tr ' ' '-')
+
+test-cluster: setup $(CLUSTER)
+	PYTHONPATH="$(CLUSTER)" $(RUN) pytest -p no:cacheprovider tests/cluster/slurm_tests.py $(ARGS)
+
+$(CLUSTER): requirements-cluster.txt
+	$(VENV_PYTHON) -m pip install --no-deps --target "$@" -r requirements-cluster.txt
 
 lint: setup
 	$(RUN) ruff check

@@ -78,13 +78,19 @@ class SlurmNode:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+        path = f"{folder / 'bin'}:{os.environ['PATH']}"
+        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
         self._daemons: list[subprocess.Popen] = []
 
     def start(self) -> None:
         """Start the daemons and wait until the node takes jobs; at most a minute."""
         for name in ("state", "spool"):
             (self.folder / name).mkdir(parents=True)
+        # The step of a job forgets SLURM_CONF; on a cluster the configuration is where Slurm looks for it.
+        srun = self.folder / "bin/srun"
+        srun.parent.mkdir()
+        srun.write_text(f"#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {_path('srun')} \"$@\"\n")
+        srun.chmod(0o755)
         host = socket.gethostname().split(".")[0]
         values = {"host": host, "ports": _free_ports(2), "folder": self.folder, "cpus": CPUS, "memory": MEMORY_MB}
         (self.folder / "slurm.conf").write_text(CONFIG.format(**values))
@@ -137,8 +143,14 @@ class SlurmNode:
 
     def jobs(self) -> list[dict[str, str]]:
         """Every job that was ever submitted, in order: id, state, rule and wildcards, memory, GPUs, partition."""
-        fields = {"id": "JobID", "state": "State", "comment": "Comment", "memory": "MinMemory"}
-        fields |= {"partition": "Partition", "per_job": "tres-per-job", "per_node": "tres-per-node"}
+        fields = {
+            "id": "JobID",
+            "state": "State",
+            "comment": "Comment",
+            "memory": "MinMemory",
+            "partition": "Partition",
+        }
+        fields |= {"per_job": "tres-per-job", "per_node": "tres-per-node"}
         form = ",".join(f"{name}:|" for name in fields.values())
         rows = self.ask("squeue", "--states=all", "--noheader", "--sort=i", f"--Format={form}").splitlines()
         return [dict(zip(fields, (cell.strip() for cell in row.split("|")), strict=False)) for row in rows]
