@@ -89,7 +89,7 @@ class SlurmNode:
         # The step of a job forgets SLURM_CONF; on a cluster the configuration is where Slurm looks for it.
         srun = self.folder / "bin/srun"
         srun.parent.mkdir()
-        srun.write_text(f"#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {_path('srun')} \"$@\"\n")
+        srun.write_text(f'#!/bin/sh\nSLURM_CONF={self.folder}/slurm.conf exec {_path("srun")} "$@"\n')
         srun.chmod(0o755)
         host = socket.gethostname().split(".")[0]
         values = {"host": host, "ports": _free_ports(2), "folder": self.folder, "cpus": CPUS, "memory": MEMORY_MB}

@@ -4,7 +4,6 @@ import hashlib
 import json
 from pathlib import PurePath
 
-from moe_atlas.parametric.gather import NAMES as MADE_TOGETHER
 from moe_atlas.plotting.registry import EXPERIMENTS, experiments_of, split
 
 
@@ -55,33 +54,6 @@ def start_recipe(wildcards):
 def recipe_digest(wildcards):
     """Changes with the recipe's own numbers, so that an edit of one recipe trains that one again."""
     return hashlib.sha256(repr(dataclasses.asdict(RECIPES[wildcards.recipe])).encode()).hexdigest()[:16]
-
-
-# Where the tables of a model's weights are written: by one job, or by one for each range of its layers and each share of
-# their pairs. These numbers name wildcards of our own: scattergather has one wildcard for one number, and two are needed.
-PARTS = {"part": CONFIG["parts"], "matching_part": CONFIG["matching_parts"]}
-SPLIT = max(PARTS.values()) > 1
-WEIGHTS_JOB = "/".join(["{model}", *(f"{{{key}}}-of-{number}" for key, number in PARTS.items() if SPLIT)])
-
-
-def weights_table(name, whole):
-    """One table of a model's weights: of all of them, or as the job named by WEIGHTS_JOB writes it."""
-    if whole or not SPLIT:
-        return f"results/models/{{model}}/{TABLES[name].path}"
-    model, parts = WEIGHTS_JOB.split("/", 1)
-    return f"results/models/{model}/parametric/parts/{parts}/{name}.parquet"
-
-
-def weights_part(wildcards):
-    """Which part of a model's weights a job looks at. None of it where there is one job."""
-    names = {key: f"--{key.replace('_', '-')}" for key in PARTS if SPLIT}
-    return [part for key, name in names.items() for part in (name, wildcards[key], f"{name}s", PARTS[key])]
-
-
-def parts_of(name):
-    """What all these jobs write of one table of the model, layers first."""
-    numbers = {key: range(1, number + 1) for key, number in PARTS.items()}
-    return expand(weights_table(name, whole=False), **numbers, allow_missing=True)
 
 
 def corpora_of(kinds):

@@ -105,6 +105,11 @@ def add_products(gram: torch.Tensor, vectors: torch.Tensor) -> None:
         gram += rest @ rest.T
 
 
+def _products(rows: torch.Tensor) -> torch.Tensor:
+    """Inner products (M, M) of rows (M, n), computed by one thread."""
+    return each(lambda vectors: vectors @ vectors.T, [rows])[0]
+
+
 def _cosines(gram: torch.Tensor) -> np.ndarray:
     """(M, M) cosines from a Gram matrix, as numpy: symmetric, in -1..1, norms counted as 1e-8 at least."""
     gram = gram.cpu().numpy()
@@ -139,7 +144,7 @@ def _matrix_frames(name: str, weights: torch.Tensor, others: dict[str, torch.Ten
             entries[label] = gram_and_means(other, [], mean_axis=mean_axis)[1][0]
     labels = [*routed, *others]
     means = torch.stack([entries[label] for label in labels])
-    return [_frame(name, "matrix", [*routed, *same], gram), _frame(name, "neuron_mean", labels, means @ means.T)]
+    return [_frame(name, "matrix", [*routed, *same], gram), _frame(name, "neuron_mean", labels, _products(means))]
 
 
 def check_width(bank: ExpertBank, reference: FFN, model: str) -> None:
@@ -168,7 +173,7 @@ def weight_similarity(bank: ExpertBank, *, model: str, layer: int, reference: FF
         frames += _matrix_frames(name, weights, _extra_matrices(bank, reference, name))
     if bank.router is not None:
         rows = bank.router.to(torch.float64)
-        frames.append(_frame("router", "matrix", [str(expert) for expert in range(len(bank))], rows @ rows.T))
+        frames.append(_frame("router", "matrix", [str(expert) for expert in range(len(bank))], _products(rows)))
     frame = pl.concat(frames)
     broken = frame.filter(~pl.col("cosine").is_finite())
     if len(broken):
