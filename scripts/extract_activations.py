@@ -8,6 +8,7 @@ from moe_atlas.budget import MIB, Budget
 from moe_atlas.extraction import Corpus, Reader
 from moe_atlas.log import Progress, run
 from moe_atlas.manifest import open_checkpoint
+from moe_atlas.resume import SavedState, checkpoint_version, program_version
 
 
 def main() -> None:
@@ -24,11 +25,12 @@ def main() -> None:
     parser.add_argument("--activations", required=True, help="activations.safetensors to write")
     parser.add_argument("--tokens", required=True, help="tokens.parquet to write")
     parser.add_argument("--intermediate", required=True, help="intermediate.safetensors to write; empty if long")
+    parser.add_argument("--state", help="folder that keeps each finished layer, from which a killed run goes on")
     arguments = parser.parse_args()
     device = devices.claim_found(arguments.device)
 
     checkpoint, manifest = open_checkpoint(arguments.checkpoint)
-    reference = open_checkpoint(arguments.dense_reference)[0] if arguments.dense_reference else None
+    reference, dense = open_checkpoint(arguments.dense_reference) if arguments.dense_reference else (None, None)
     written = arguments.activations, arguments.tokens, arguments.intermediate
     corpus = Corpus(arguments.corpus, arguments.kind, arguments.corpus_file, *written)
     reader = Reader(checkpoint.directory, reference and reference.directory)
@@ -37,6 +39,16 @@ def main() -> None:
     kept = 4 * sum(map(len, text.sequences)) * (manifest["N"] + 1) * manifest["m"] * len(manifest["moe_layers"])
     budget = Budget(arguments.memory and arguments.memory * MIB, kept if text.keep_tokens else 0)
     progress = Progress(manifest["L"], "layer")
+    state = None
+    if arguments.state:
+        run_of = {"program version": program_version("scripts/extract_activations.py")}
+        run_of |= {"checkpoint": checkpoint_version(manifest), "dense reference": dense and checkpoint_version(dense)}
+        state = SavedState(arguments.state, run_of)
+
+    def on_layer(index: int, *_layers: object) -> None:
+        progress.skip(index - progress.done)
+        progress.step()
+
     (record,) = probe.extract_texts(
         checkpoint,
         [text],
@@ -45,9 +57,12 @@ def main() -> None:
         device=device,
         spill_directory=Path(arguments.activations).parent,
         budget=budget,
-        on_layer=lambda *_: progress.step(),
+        on_layer=on_layer,
+        state=state,
     )
     reader.write(arguments.model, corpus, text, record)
+    if state is not None:
+        state.remove()
 
 
 if __name__ == "__main__":

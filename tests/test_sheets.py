@@ -235,6 +235,13 @@ def test_unreadable_sheets_are_refused_with_a_sentence(tmp_path):
         load_models(sheet(tmp_path, 'model\tsource\na\t"demo:tiny" x\n'), RECIPES)
 
 
+def test_a_truth_value_may_come_as_a_word():
+    assert load_config({"keep_state": "true"})["keep_state"] is load_config({"keep_state": True})["keep_state"] is True
+    assert load_config({"paper_rounding": "false"})["paper_rounding"] is load_config({})["keep_state"] is False
+    with pytest.raises(AtlasError, match="config, key keep_state: 'yes' is not true or false; write true or false"):
+        load_config({"keep_state": "yes"})
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [

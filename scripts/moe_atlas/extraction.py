@@ -13,7 +13,7 @@ from moe_atlas.behavioral.write import write_frames
 from moe_atlas.errors import AtlasError
 from moe_atlas.files import atomic_path
 from moe_atlas.log import say
-from moe_atlas.probe import Record, Text
+from moe_atlas.record import Record, Text
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,12 @@ class Progress:
     def __init__(self, total: int, unit: str, interval: float = 1.0):
         self.total, self.unit, self.interval = total, unit, interval
         self.done, self.started, self.said = 0, time.monotonic(), float("-inf")
+        self.skipped = 0
+
+    def skip(self, count: int) -> None:
+        """Count `count` units as done before the start: they say nothing of the rate."""
+        self.done += count
+        self.skipped += count
 
     def step(self, note: str = "", count: int = 1) -> None:
         """Count `count` units as done; `note` is appended to the line."""
@@ -71,7 +77,7 @@ class Progress:
             return
         self.said = now
         elapsed = max(now - self.started, 1e-9)
-        rate = self.done / elapsed
+        rate = (self.done - self.skipped) / elapsed
         speed = f"{rate:.1f} {self.unit}s/s" if rate >= 1 else f"{1 / rate:.1f} s/{self.unit}"
         ended = self.done >= self.total
         left = f"done in {duration(elapsed)}" if ended else f"{duration((self.total - self.done) / rate)} left"

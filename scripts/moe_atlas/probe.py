@@ -25,6 +25,8 @@ from moe_atlas.choices import random_router
 from moe_atlas.chunk import Chunk, Recorder
 from moe_atlas.cross_ranks import CrossRanks
 from moe_atlas.errors import AtlasError
+from moe_atlas.record import Record, Text, digest, packed, unpacked
+from moe_atlas.resume import SavedState
 from moe_atlas.router_rule import RouterRule
 from moe_atlas.states import ActivationHistogram, States
 from moe_atlas.stream import UNBOUNDED, LayerStream
@@ -205,41 +207,6 @@ def _runs_of(module: nn.Module | None):
         handle.remove()
 
 
-@dataclass(frozen=True)
-class Text:
-    """A corpus as token ids, special tokens included; keep_tokens keeps a row a token (short corpora).
-
-    documents: the document of each sequence, by default one for each.
-    """
-
-    sequences: Sequence[Sequence[int]]
-    keep_tokens: bool
-    documents: Sequence[int] | None = None
-
-
-@dataclass
-class Record:
-    """What the experts did on one text: descriptions of the expert sites, tensors `layer_{l}.{site}.{name}`.
-
-    Of a short text also the intermediate states of the FFN experts, `layer_{l}` (T, N, m) float32, and by the same
-    names whose they are: the experts', and after them F's where it has as many neurons.
-    """
-
-    sites: list[dict] = field(default_factory=list)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    states: dict[str, torch.Tensor] = field(default_factory=dict)
-    state_labels: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, probe: SiteProbe) -> None:
-        """Take what a probe has kept of all batches."""
-        self.sites.append(probe.description())
-        prefix = f"layer_{probe.layer}.{probe.site.name}"
-        self.tensors |= {f"{prefix}.{name}": array for name, array in probe.arrays().items()}
-        if probe.states is not None and probe.states.kept is not None:
-            self.states[f"layer_{probe.layer}"] = probe.states.kept
-            self.state_labels[f"layer_{probe.layer}"] = probe.states.labels
-
-
 class LayerObserver(Protocol):
     """Who wants to see each layer while its weights are in memory."""
 
@@ -266,6 +233,7 @@ def extract_texts(
     spill_directory: str | os.PathLike | None = None,
     budget: Budget = UNBOUNDED,
     on_layer: LayerObserver = lambda index, layer, dense_layer: None,
+    state: SavedState | None = None,
 ) -> list[Record]:
     """Run texts through a checkpoint in one pass over its layers and return what its experts did on each.
 
@@ -273,6 +241,8 @@ def extract_texts(
     as F (on its own hidden states) and F_same_input (on the MoE's inputs; A Closer Look, 5.1 has F only).
     spill_directory: where hidden states go that do not fit into memory (see stream.py). A dense model has no sites.
     budget: what the run may hold; the next layer is read while one is at work where that allows it.
+    state: where to keep what is known after each layer, and to go on from; layers that are done already are not read,
+    and on_layer is not called for them. It must be of these checkpoints; the caller removes it when it has the records.
     Raises AtlasError when the reference has another width, or when one layer does not fit into the budget.
     """
     dense = LayerStream(reference, dtype, device, spill_directory) if reference is not None else None
@@ -289,21 +259,46 @@ def extract_texts(
     batches = [make_batches(text.sequences, batch_tokens) for text in texts]
     for batch in itertools.chain(*batches):
         batch.tokens = batch.tokens.to(device)
-    for run in filter(None, (stream, dense)):
-        run.begin([batch.ids for batch in itertools.chain(*batches)])
-    records = [Record() for _ in texts]
-    for index in range(len(stream)):
+    runs = {name: run for name, run in (("model", stream), ("dense", dense)) if run is not None}
+    records, start = [Record() for _ in texts], 0
+    if state is not None:
+        precision = {"dtype": [str(run.model.dtype) for run in runs.values()], "device": stream.device.type}
+        start = state.open({"text": digest(texts), "batch size": batch_tokens} | precision)
+        for kept in state.records():
+            _join(records, unpacked(*kept))
+    ids = [batch.ids for batch in itertools.chain(*batches)]
+    for name, run in _with_layer(start, runs).items():
+        run.begin(ids, start)
+        for number in range(len(ids) if start else 0):
+            run.set_state(number, state.hidden(f"{name}_{number}"))
+    for index in range(start, len(stream)):
+        of_layer = [Record() for _ in texts]
         paired = dense is not None and index < len(dense)
         with stream.layer(index) as layer, dense.layer(index) if paired else contextlib.nullcontext() as dense_layer:
             first = 0
-            for text, place, own, record in zip(texts, indices, batches, records, strict=True):
+            for text, place, own, record in zip(texts, indices, batches, of_layer, strict=True):
                 probes = [_probe(site, index, place, text, dense_layer) for site in find_sites(layer)]
                 _observe(stream, dense if paired else None, dense_layer, probes, own, first)
                 first += len(own)
                 for probe in probes:
-                    record.add(probe)
+                    record.add(probe.description(), probe.arrays(), probe.states)
             on_layer(index, layer, dense_layer)
+        _join(records, of_layer)
+        if state is not None:
+            going_on = _with_layer(index + 1, runs).items()
+            hidden = ((f"{name}_{number}", run.state(number)) for name, run in going_on for number in range(len(ids)))
+            state.keep(index, *packed(of_layer), hidden)
     return records
+
+
+def _with_layer(index: int, runs: dict[str, LayerStream]) -> dict[str, LayerStream]:
+    """The runs that layer `index` of the model will use."""
+    return {name: run for name, run in runs.items() if index < min(len(run), len(runs["model"]))}
+
+
+def _join(records: list[Record], others: list[Record]) -> None:
+    for record, other in zip(records, others, strict=True):
+        record.join(other)
 
 
 def _probe(site: ExpertSite, layer: int, index: TextIndex, text: Text, dense_layer: nn.Module | None) -> SiteProbe:

@@ -141,11 +141,17 @@ def load_config(config: Mapping[str, Any]) -> dict[str, Any]:
                 f"config, key {key}: there is no such key{suggest(str(key), properties)}; "
                 f"the keys are {', '.join(properties)}."
             )
-    errors = jsonschema.Draft202012Validator(schema("config")).iter_errors(dict(config))
+    # Snakemake reads True on the command line as a truth value, and true as a text.
+    words = {"true": True, "false": False}
+    config = {
+        key: words.get(value, value) if properties[key]["type"] == "boolean" and isinstance(value, str) else value
+        for key, value in config.items()
+    }
+    errors = jsonschema.Draft202012Validator(schema("config")).iter_errors(config)
     for error in errors:
         raise AtlasError(f"config, key {error.path[0]}: {_fault(error)}.")
     defaults = {key: rules["default"] for key, rules in properties.items()}
-    return defaults | dict(config)
+    return defaults | config
 
 
 def _cells(path: str | Path) -> list[tuple[int, list[str]]]:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -203,8 +203,8 @@ class LayerStream:
         self._load(self.checkpoint.read_all([name for name, to in self._target_of.items() if to in wanted]), [])
 
     @torch.no_grad()
-    def begin(self, batches: list[torch.Tensor]) -> None:
-        """Embed the batches and record what each layer will be called with."""
+    def begin(self, batches: list[torch.Tensor], first: int = 0) -> None:
+        """Embed the batches and record what each layer will be called with; `first` is the layer asked for first."""
         self._batches = [_Batch(ids.to(self.device)) for ids in batches]
         self._hidden = Spill(self.spill_directory, MEMORY_BYTES.get(self.device.type, MEMORY_BYTES["cuda"]))
         interned = Interned()
@@ -233,7 +233,7 @@ class LayerStream:
                     raise
                 raise self._entangled() from None
             batch.stand_in = None
-        self._read_ahead(0)
+        self._read_ahead(first)
 
     def _entangled(self) -> AtlasError:
         return AtlasError(
@@ -305,6 +305,23 @@ class LayerStream:
         self._hidden.put(batch, hidden)
         return hidden
 
+    def state(self, batch: int) -> dict[str, torch.Tensor]:
+        """What the layers to come need of the layers before: hidden states of a batch, and what layers have shared."""
+        state = {"hidden": self._hidden.get(batch)}
+        for number, shared in enumerate(_shared(self._batches[batch].calls)):
+            for key, tensors in shared.items():
+                state |= {f"{number}.{key}.{place}": tensor for place, tensor in enumerate(tensors)}
+        return state
+
+    def set_state(self, batch: int, state: dict[str, torch.Tensor]) -> None:
+        """Put what `state` gave, of the same batch of another stream, into the place of what `begin` has made."""
+        state = {name: tensor.to(self.device) for name, tensor in state.items()}
+        self._hidden.put(batch, state["hidden"])
+        for number, shared in enumerate(_shared(self._batches[batch].calls)):
+            for key in {name.split(".")[1] for name in state if name.startswith(f"{number}.")}:
+                places = range(sum(name.startswith(f"{number}.{key}.") for name in state))
+                shared[key] = tuple(state[f"{number}.{key}.{place}"] for place in places)
+
     @torch.no_grad()
     def logits(self, batch: int) -> torch.Tensor:
         """Logits (b, t, vocabulary) of one batch after all layers."""
@@ -319,6 +336,14 @@ class LayerStream:
         if _holds_nan(logits):
             raise self._entangled()
         return logits
+
+
+def _shared(calls: list[tuple[tuple, dict]]) -> list[MutableMapping]:
+    """Mappings that the layers of one batch fill for each other, such as keys and values that later ones reuse."""
+    values = [value for args, kwargs in calls for value in (*args, *kwargs.values())]
+    # A plain dict is copied for each call, so nothing can be handed on in it.
+    found = (value for value in values if isinstance(value, MutableMapping) and type(value) is not dict)
+    return list({id(value): value for value in found}.values())
 
 
 def _is_same(first: torch.Tensor, second: torch.Tensor) -> bool:

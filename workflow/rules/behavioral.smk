@@ -4,6 +4,8 @@
 # Outputs   results/models/{model}/behavioral/{corpus}/{activations.safetensors,intermediate.safetensors,*.parquet}
 # Cost      one forward pass a corpus, every expert on every token, on the row's GPUs or on the CPU; seconds for the
 #           tables. The activations are sums that every table is made from, so that a new table needs no new pass.
+# State     with keep_state a pass keeps its finished layers in state/ beside its outputs, until these are written; not an
+#           output, so that Snakemake leaves it where it is when the job is killed
 rule extract_activations:
     """One pass through the model, one layer in memory at a time."""
     input:
@@ -35,6 +37,7 @@ rule extract_activations:
         dtype=lambda wildcards: model(wildcards).dtype,
         dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
         device=device,
+        state=state_options,
         method=METHODS["extract_activations"],
     shell:
         """
@@ -42,7 +45,7 @@ rule extract_activations:
         python {input.code:q} --model {wildcards.model:q} --corpus {wildcards.corpus:q} --kind {params.kind:q} \
             --checkpoint {input.checkpoint:q} {params.dense:q} --corpus-file {input.corpus:q} --dtype {params.dtype:q} \
             --device {params.device:q} --memory {resources.mem_mb:q} --activations {output.activations:q} \
-            --tokens {output.tokens:q} --intermediate {output.intermediate:q}
+            --tokens {output.tokens:q} --intermediate {output.intermediate:q} {params.state:q}
         """
 
 

@@ -45,6 +45,12 @@ def dense_reference(wildcards):
     return [checkpoint_file(reference)] if reference else []
 
 
+def state_options(wildcards, output):
+    """--state of extract_activations.py, where killed runs are to go on. Like dense_allowed no reason to run again."""
+    folder = f"results/models/{wildcards.model}/behavioral/{wildcards.corpus}/state"
+    return ["--state", folder] if CONFIG["keep_state"] else []
+
+
 def start_recipe(wildcards):
     """Recipes that this recipe's training begins from: one or none."""
     start = RECIPES[wildcards.recipe].start_from
