@@ -103,7 +103,11 @@ def test_the_lock_holds_every_direct_requirement_and_nothing_of_one_machine():
 
 def test_direct_requirements_are_what_is_imported():
     files = [*ROOT.glob("scripts/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("notebooks/*.ipynb")]
-    local = {"moe_atlas", "", *(path.stem for path in ROOT.glob("tests/*.py"))} | set(sys.stdlib_module_names)
+    local = {
+        "moe_atlas",
+        "",
+        *(path.stem for folder in ("scripts", "tests") for path in ROOT.glob(f"{folder}/*.py")),
+    } | set(sys.stdlib_module_names)
     imported = {name.split(".")[0] for path in files for name in imports(path)} - local
     imported = {DISTRIBUTIONS.get(name, name).lower().replace("_", "-") for name in imported}
     not_imported = {

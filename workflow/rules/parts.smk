@@ -5,7 +5,7 @@ from moe_atlas.parametric.gather import NAMES as MADE_TOGETHER
 
 PARTS = {"part": CONFIG["parts"], "matching_part": CONFIG["matching_parts"]}
 SPLIT = max(PARTS.values()) > 1
-WEIGHTS_JOB = "/".join(["{model}", *(f"{{{key}}}-of-{number}" for key, number in PARTS.items() if SPLIT)])
+WEIGHTS_JOB = os.path.join("{model}", *(f"{{{key}}}-of-{number}" for key, number in PARTS.items() if SPLIT))
 
 
 def weights_table(name, whole):
