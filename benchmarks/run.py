@@ -2,7 +2,8 @@
 
 Contenders take turns, so that a machine that slows down slows all of them. Cold: the files are dropped from the page
 cache before each run. Beside the times stand two floors of this machine, measured in the same run: the bytes over the
-disk's speed, and the operations over the speed of matrix products in the checkpoint's precision.
+disk's speed, and the operations over the speed of matrix products in the checkpoint's precision. transformers needs
+accelerate to leave layers on disk: pip install accelerate.
 """
 
 import argparse
@@ -17,10 +18,10 @@ from pathlib import Path
 import polars as pl
 import synthetic
 import torch
+from contenders import CONTENDERS
 
 HERE = Path(__file__).resolve().parent
 EXTRACTION = ("extraction_atlas", "extraction_transformers_disk")
-READING = ("reading_atlas", "reading_safetensors")
 
 
 def drop(directory: Path) -> None:
@@ -79,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", default="mixtral-8x7b", choices=synthetic.SHAPES)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", default=EXTRACTION)
+    parser.add_argument("--contenders", nargs="+", default=EXTRACTION, choices=CONTENDERS)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--memory", type=int, help="MiB that contenders may take, where they can be told")
     parser.add_argument("--repeats", type=int, default=3)

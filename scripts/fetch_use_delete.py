@@ -16,9 +16,7 @@ from moe_atlas.hub.download import ShardFolder, fetch
 from moe_atlas.hub.repository import look_up
 from moe_atlas.log import Progress, run, say, size
 from moe_atlas.manifest import describe, open_checkpoint, shape_of
-from moe_atlas.parametric.chosen import chosen_layers
-from moe_atlas.parametric.outliers import OutlierRule
-from moe_atlas.parametric.together import WeightStatistics
+from moe_atlas.parametric.arguments import add_options, statistics_of
 
 
 def main() -> None:
@@ -38,16 +36,7 @@ def main() -> None:
         metavar=("NAME", "KIND", "FILE", "ACTIVATIONS", "TOKENS", "INTERMEDIATE"),
         help="a corpus: id, short or long, its parquet file, and the three files to write; once for each corpus",
     )
-    parser.add_argument("--similarity", required=True, help="similarity.parquet to write")
-    parser.add_argument("--matching", required=True, help="matching.parquet to write")
-    parser.add_argument("--matching-layers", default="", help="as in weight_statistics.py")
-    parser.add_argument("--matching-max-layers", type=int, default=0, help="as in weight_statistics.py")
-    parser.add_argument("--matching-max-pairs", type=int, default=0, help="as in weight_statistics.py")
-    parser.add_argument("--projection-max-neurons", type=int, default=2048, help="as in weight_statistics.py")
-    parser.add_argument("--dbscan-eps", type=float, default=OutlierRule.eps, help="as in weight_statistics.py")
-    parser.add_argument("--dbscan-min-samples", type=int, default=OutlierRule.min_samples, help="as there")
-    parser.add_argument("--projection", required=True, help="projection.parquet to write")
-    parser.add_argument("--explained-variance", required=True, help="explained_variance.parquet to write")
+    add_options(parser)
     parser.add_argument("--output", required=True, help="checkpoint.json to write")
     arguments = parser.parse_args()
     device = devices.claim_found(arguments.device)
@@ -65,13 +54,7 @@ def main() -> None:
     checkpoint = FetchedCheckpoint(directory, folder.shard_of(), folder)
     wanted = sum(file.bytes for file in repository.weights)
     say(f"{len(repository.weights)} shards, {size(wanted)}, at most {MAX_SHARDS} of them in {arguments.shards}")
-    statistics = WeightStatistics(
-        arguments.model,
-        chosen_layers(shape["moe_layers"], arguments.matching_layers, arguments.matching_max_layers),
-        arguments.matching_max_pairs,
-        arguments.projection_max_neurons,
-        OutlierRule(arguments.dbscan_eps, arguments.dbscan_min_samples),
-    )
+    statistics = statistics_of(arguments, shape["moe_layers"])
     progress = Progress(shape["L"], "layer")
 
     def use(index, layer, dense_layer) -> None:

@@ -6,10 +6,8 @@ from moe_atlas import tables
 from moe_atlas.layerwise import each_layer
 from moe_atlas.log import Progress, run, say, size
 from moe_atlas.manifest import open_checkpoint
-from moe_atlas.parametric.chosen import Share, chosen_layers
-from moe_atlas.parametric.gather import NAMES
-from moe_atlas.parametric.outliers import OutlierRule
-from moe_atlas.parametric.together import WeightStatistics
+from moe_atlas.parametric.arguments import add_options, statistics_of
+from moe_atlas.parametric.chosen import Share
 
 
 def main() -> None:
@@ -21,35 +19,13 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=1, help="into how many ranges they are dealt; some may be empty")
     parser.add_argument("--matching-part", type=int, default=1, help="which pairs of a layer; above 1 nothing else")
     parser.add_argument("--matching-parts", type=int, default=1, help="into how many parts the pairs are dealt")
-    parser.add_argument("--matching-layers", default="", help="layers whose neurons are matched, separated by commas")
-    parser.add_argument("--matching-max-layers", type=int, default=0, help="else so many, evenly spaced (0: all)")
-    parser.add_argument("--matching-max-pairs", type=int, default=0, help="pairs of experts a layer (0: all)")
-    parser.add_argument(
-        "--projection-max-neurons", type=int, default=2048, help="neurons a layer and matrix, evenly spaced (0: all)"
-    )
-    parser.add_argument(
-        "--dbscan-eps",
-        type=float,
-        default=OutlierRule.eps,
-        help="largest distance of neighbours at the size of DeepSeekMoE-16B's experts; scaled by that of this model's",
-    )
-    parser.add_argument(
-        "--dbscan-min-samples", type=int, default=OutlierRule.min_samples, help="experts that make a cluster"
-    )
-    for name in NAMES:
-        parser.add_argument(f"--{name.replace('_', '-')}", required=True, help=f"{name}.parquet to write")
+    add_options(parser)
     arguments = parser.parse_args()
 
     checkpoint, manifest = open_checkpoint(arguments.checkpoint)
     reference = open_checkpoint(arguments.dense_reference)[0] if arguments.dense_reference else None
-    statistics = WeightStatistics(
-        arguments.model,
-        chosen_layers(manifest["moe_layers"], arguments.matching_layers, arguments.matching_max_layers),
-        arguments.matching_max_pairs,
-        arguments.projection_max_neurons,
-        OutlierRule(arguments.dbscan_eps, arguments.dbscan_min_samples),
-        Share(arguments.matching_part, arguments.matching_parts),
-    )
+    pairs = Share(arguments.matching_part, arguments.matching_parts)
+    statistics = statistics_of(arguments, manifest["moe_layers"], pairs)
     layers = statistics.needed(Share(arguments.part, arguments.parts).of(manifest["moe_layers"]))
     progress = Progress(len(layers), "layer")
     for index, bank, ffn in each_layer(checkpoint, reference, layers):

@@ -14,12 +14,11 @@ from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
 from moe_atlas.layerwise import each_layer
 from moe_atlas.parametric.isotropic import null_ratios
-from moe_atlas.parametric.outliers import OutlierRule
+from moe_atlas.parametric.outliers import PAPER_COORDINATES, OutlierRule
 from moe_atlas.parametric.projection import evenly, matrix_components, neuron_components, project_experts
 
 ORACLE = ROOT / "tests/data/oracle"
 SCORES = ["pc1", "pc2", "pc3"]
-PAPER = OutlierRule(absolute=True)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -154,7 +153,7 @@ def test_too_few_experts_for_clusters_have_no_outliers():
 
 
 def test_the_radius_is_the_papers_at_deepseeks_size_and_grows_with_the_length_of_a_point():
-    assert OutlierRule().radius(1408 * 2048) == 50 == PAPER.radius(12)
+    assert OutlierRule().radius(1408 * 2048) == 50
     lengths = [np.linalg.norm(decomposed(draw(8, size).numpy())[0], axis=1).mean() for size in (100, 900)]
     assert OutlierRule().radius(900) / OutlierRule().radius(100) == pytest.approx(lengths[1] / lengths[0], rel=0.02)
 
@@ -244,7 +243,9 @@ def test_the_arrays_of_the_papers_notebooks(name):
     for number, (index, bank, reference) in enumerate(
         each_layer(Checkpoint(ORACLE / "checkpoints" / name), dense, layers)
     ):
-        points, _ = project_experts(bank, model=name, layer=index, reference=reference, max_neurons=0, rule=PAPER)
+        size = bank.up[0].numel()
+        rule = OutlierRule(50 * (PAPER_COORDINATES / size) ** 0.5)  # a radius of 50, as in the notebooks, at this size
+        points, _ = project_experts(bank, model=name, layer=index, reference=reference, max_neurons=0, rule=rule)
         for place, matrix in enumerate(("up", "act", "down")):
             part = points.filter(pl.col("matrix") == matrix)
             for kind, expected in files.items():
@@ -254,7 +255,7 @@ def test_the_arrays_of_the_papers_notebooks(name):
                 assert_same_points(found, wanted, 2e-4 if kind == "pca_matrix" else 1e-3)
                 compared += 1
                 if "dbscan_labels" in expected:
-                    labels = PAPER.labels(found, 0).tolist()
+                    labels = rule.labels(found, size).tolist()
                     assert rows["outlier"].to_list() == [label < 0 for label in labels]
                     pairs = set(zip(labels, expected["dbscan_labels"][number, place].tolist(), strict=True))
                     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})

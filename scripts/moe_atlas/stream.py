@@ -124,10 +124,11 @@ class LayerStream:
         self.layers = decoder_layers(self.model)
         self._module_of = {module: path for path, module in self.model.named_modules()}
         self._mapping = internals.weight_mapping(self.model)
-        self._target_of = internals.target_names(self.model, self._mapping, checkpoint.names)
+        targets = internals.targets(self.model, self._mapping, checkpoint.names)
+        self._target_of = {name: target for name, (target, _) in targets.items()}
         self._names = self._names_by_layer()
         plain = quantised.method(self.config) is None
-        self._fused = internals.fused_targets(self.model, self._mapping, checkpoint.names) if plain else {}
+        self._fused = internals.fused_targets(self.model, self._mapping, targets) if plain else {}
         checkpoint.expect([self._names[index] for index in range(len(self.layers))])
         for module in self._outside_the_layers():
             module.register_forward_pre_hook(lambda module, _args: self._fill(module))

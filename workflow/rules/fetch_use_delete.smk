@@ -40,12 +40,7 @@ rule fetch_use_delete:
         dtype=lambda wildcards: model(wildcards).dtype,
         dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
         corpora=corpus_options,
-        layers=lambda wildcards: model(wildcards).matching_layers,
-        most_layers=CONFIG["matching_max_layers"],
-        most_pairs=CONFIG["matching_max_pairs"],
-        most_neurons=CONFIG["projection_max_neurons"],
-        eps=CONFIG["dbscan_eps"],
-        min_samples=CONFIG["dbscan_min_samples"],
+        statistics=weights_options,
         device=device,
         methods=[METHODS[name] for name in ("describe_checkpoint", "weight_statistics", "extract_activations")],
     shell:
@@ -53,10 +48,7 @@ rule fetch_use_delete:
         HF_HUB_OFFLINE=0 python {input.code:q} --model {wildcards.model:q} --repository {params.repository:q} \
             --revision {params.revision:q} {params.dense:q} --dtype {params.dtype:q} --device {params.device:q} \
             --shards results/shards/{wildcards.model:q} {params.corpora:q} --similarity {output.similarity:q} \
-            --matching {output.matching:q} --matching-layers={params.layers:q} \
-            --matching-max-layers {params.most_layers:q} --matching-max-pairs {params.most_pairs:q} \
-            --projection-max-neurons {params.most_neurons:q} --dbscan-eps {params.eps:q} \
-            --dbscan-min-samples {params.min_samples:q} --projection {output.projection:q} \
-            --explained-variance {output.explained:q} \
+            --matching {output.matching:q} --projection {output.projection:q} \
+            --explained-variance {output.explained:q} {params.statistics:q} \
             --output {output.checkpoint:q} 2>&1 | tee {log:q} >&2
         """

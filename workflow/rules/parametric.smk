@@ -31,20 +31,13 @@ rule weight_statistics:
     params:
         dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
         parts=weights_part,
-        layers=lambda wildcards: model(wildcards).matching_layers,
-        most_layers=CONFIG["matching_max_layers"],
-        most_pairs=CONFIG["matching_max_pairs"],
-        most_neurons=CONFIG["projection_max_neurons"],
-        eps=CONFIG["dbscan_eps"],
-        min_samples=CONFIG["dbscan_min_samples"],
+        statistics=weights_options,
         method=METHODS["weight_statistics"],
     shell:
         """
         exec >{log:q} 2>&1
         python {input.code:q} --model {wildcards.model:q} --checkpoint {input.checkpoint:q} {params.dense:q} \
-            {params.parts:q} --matching-layers={params.layers:q} --matching-max-layers {params.most_layers:q} \
-            --matching-max-pairs {params.most_pairs:q} --projection-max-neurons {params.most_neurons:q} \
-            --dbscan-eps {params.eps:q} --dbscan-min-samples {params.min_samples:q} \
+            {params.parts:q} {params.statistics:q} \
             --similarity {output.similarity:q} --matching {output.matching:q} --projection {output.projection:q} \
             --explained-variance {output.explained_variance:q}
         """

@@ -5,9 +5,8 @@ the fully loaded model's for every family, so a release that moves one of these 
 """
 
 import contextlib
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     convert_and_load_state_dict_in_model,
     dot_natural_key,
     rename_source_key,
@@ -100,6 +100,21 @@ def weight_mapping(model: PreTrainedModel) -> list:
     return get_model_conversion_mapping(model)
 
 
+def targets(model: PreTrainedModel, mapping: list, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """Checkpoint tensor name -> name of the model's parameter that it becomes a part of, and the pattern of the
+    conversion that makes it one, None where it is only renamed."""
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    found = {}
+    for name in names:
+        found[name] = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        # A name that is the model's own already may still fit a pattern that is meant for another tensor.
+        if found[name][0] not in known and name in known:
+            found[name] = name, None
+    return found
+
+
 @dataclass(frozen=True)
 class Fused:
     """A parameter (N, ...) that many of a checkpoint's tensors become a part of, and where each of them goes."""
@@ -109,34 +124,37 @@ class Fused:
     parts: dict[str, tuple[int, int, int]]  # name in the checkpoint -> expert, first row, one past the last row
 
 
-def fused_targets(model: PreTrainedModel, mapping: list, names: Iterable[str]) -> dict[str, Fused]:
+def fused_targets(
+    model: PreTrainedModel, mapping: list, found: Mapping[str, tuple[str, str | None]]
+) -> dict[str, Fused]:
     """Parameters that are a plain stack of experts' tensors, so that these can be read where they belong.
 
+    found: what `targets` gives.
     Without it a layer is in memory twice while transformers stacks it. Parameters that are made in any other way, or
     that a family keeps in another precision, are left to transformers.
     """
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    known, plan = model.state_dict(), [re.compile(name) for name in model._get_dtype_plan(model.dtype) or {}]
+    known, plan = model.state_dict(), list(model._get_dtype_plan(model.dtype) or {})
+    kept_apart = build_glob_alternation(plan)[0].search if plan else lambda name: None
     sources: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+    for name in sorted(found, key=dot_natural_key):
+        target, pattern = found[name]
         if pattern is not None and target in known and _stacks(by_pattern[pattern]):
             sources[target][pattern].append(name)
-    found = {}
+    fused = {}
     for target, by_source in sources.items():
         shape, patterns = known[target].shape, by_pattern[next(iter(by_source))].source_patterns
         whole = [len(by_source[pattern]) for pattern in patterns] == [shape[0]] * len(patterns)
-        if whole and shape[1] % len(patterns) == 0 and not any(entry.search(target) for entry in plan):
+        if whole and shape[1] % len(patterns) == 0 and not kept_apart(target):
             rows = shape[1] // len(patterns)
             parts = {
                 name: (expert, place * rows, (place + 1) * rows)
                 for place, pattern in enumerate(patterns)
                 for expert, name in enumerate(by_source[pattern])
             }
-            found[target] = Fused(shape, known[target].dtype, parts)
-    return found
+            fused[target] = Fused(shape, known[target].dtype, parts)
+    return fused
 
 
 def _stacks(converter: WeightConverter) -> bool:
@@ -145,17 +163,3 @@ def _stacks(converter: WeightConverter) -> bool:
     plain = len(steps) == len(converter.operations) and len(converter.target_patterns) == 1
     first, second = (MergeModulelist, 0), (Concatenate, 1)
     return plain and (steps == [first, second] or (steps == [first] and len(converter.source_patterns) == 1))
-
-
-def target_names(model: PreTrainedModel, mapping: list, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint tensor name -> name of the model's parameter that it becomes a part of."""
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    known = model.state_dict()
-    targets = {}
-    for name in names:
-        targets[name] = rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0]
-        # A name that is the model's own already may still fit a pattern that is meant for another tensor.
-        if targets[name] not in known and name in known:
-            targets[name] = name
-    return targets

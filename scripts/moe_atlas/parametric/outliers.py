@@ -23,16 +23,15 @@ class OutlierRule:
 
     eps: largest distance of neighbours, min_samples: points of a neighbourhood that makes a cluster, itself included;
     the paper's numbers. Distances of standardised rows grow with the square root of their coordinates, so eps is scaled
-    by that, and is the number itself at DeepSeekMoE-16B's size; `absolute` leaves it as it is, as the paper does.
+    by that, and is the number itself at DeepSeekMoE-16B's size, the only model that the paper asks it of.
     """
 
     eps: float = 50.0
     min_samples: int = 5
-    absolute: bool = False
 
     def radius(self, coordinates: int) -> float:
         """eps for rows of so many coordinates."""
-        return self.eps if self.absolute else self.eps * math.sqrt(coordinates / PAPER_COORDINATES)
+        return self.eps * math.sqrt(coordinates / PAPER_COORDINATES)
 
     def labels(self, scores: np.ndarray, coordinates: int) -> np.ndarray:
         """DBSCAN's cluster (rows,) of each row of scores (rows, components >= 2), by its first two; -1 none."""

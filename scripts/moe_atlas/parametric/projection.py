@@ -26,11 +26,10 @@ from moe_atlas.errors import AtlasError
 from moe_atlas.parallel import each, one_thread_each
 from moe_atlas.parametric.isotropic import null_ratios
 from moe_atlas.parametric.outliers import OutlierRule
-from moe_atlas.parametric.similarity import REFERENCE, add_products, check_width, row_spans
+from moe_atlas.parametric.similarity import REFERENCE, add_products, check_width, row_blocks, row_spans
 
 COMPONENTS = 3
 DEFAULT_RULE = OutlierRule()
-_BLOCK = 1 << 20  # float32 numbers of a block of matrices, 4 MiB: the size of a cache
 _ROWS = 1024  # neurons in one product
 _TERMS = 64  # neurons in one float32 sum
 _TILE = 512  # coordinates a side of one thread's product
@@ -53,11 +52,11 @@ def component_count(points: int, dimension: int) -> int:
     return max(0, min(COMPONENTS, points - 1, dimension))
 
 
-def matrix_components(bank: torch.Tensor, extras: list[torch.Tensor], *, block: int = _BLOCK) -> Components:
+def matrix_components(bank: torch.Tensor, extras: list[torch.Tensor], *, block: int | None = None) -> Components:
     """Components of the flattened matrices as points.
 
     bank: (N, rows, columns); extras: matrices (rows, columns), after the experts; any floating dtype.
-    block: float32 numbers held at once, at least one row of every matrix.
+    block: float32 numbers held at once, as in row_blocks.
     A coordinate that all points share counts 0. A component's largest coordinate in absolute value is positive.
     """
     experts, rows, columns = bank.shape
@@ -65,15 +64,12 @@ def matrix_components(bank: torch.Tensor, extras: list[torch.Tensor], *, block: 
     count = component_count(points, rows * columns)
     if not count:
         return Components(np.zeros((points, 0)), np.zeros(0))
-    step = max(1, block // (points * columns))
 
     def summed(span: slice) -> torch.Tensor:
         gram = torch.zeros(points, points, dtype=torch.float64, device=bank.device)
-        for first in range(span.start, span.stop, step):
-            part = slice(first, min(first + step, span.stop))
-            slices = [bank[:, part], *(extra[None, part] for extra in extras)]
-            values = torch.cat([rows.to(bank.device, torch.float32).flatten(1) for rows in slices])
+        for _, part in row_blocks(bank[:, span], [extra[span] for extra in extras], block):
             # The first point is the origin: experts that were copied from one network differ in the last digits only.
+            values = part.flatten(1)
             values = values - values[:1]
             values -= values.mean(0)
             values *= _inverse(values.square().sum(0) / (points - 1))

@@ -29,7 +29,7 @@ class WeightStatistics:
     max_neurons: int = 2048
     rule: OutlierRule = DEFAULT_RULE
     pairs: Share = EVERYTHING
-    _parts: dict[str, list[pl.DataFrame]] = field(default_factory=dict)
+    _parts: dict[str, list[pl.DataFrame]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._parts = {name: [tables.empty(name)] for name in NAMES}

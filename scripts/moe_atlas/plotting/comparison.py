@@ -20,7 +20,7 @@ _SUBTITLES = {
     "neuron_matching": "Mean over pairs of routed experts: cosine once their neurons are matched, minus that of "
     "independent experts, and tau of the order; joint: up, act and down in one order",
     "projection": "Share of the variance on the first principal component, minus that of independent weights: 0 is "
-    "chance; points are experts or neurons",
+    "chance; points are experts or neurons (shaded: ±1.96 sd)",
     "router_regression": "Pearson r of router similarity with mean-neuron similarity over pairs of experts, "
     "with its 95 % interval; chance is 0",
     "output_similarity": "Mean angular similarity of the outputs of pairs of routed experts; orthogonal is 0.5",
@@ -74,8 +74,6 @@ def compare(
         columns = ["up", "act", "down"] + ["joint"] * (name == "neuron_matching")
         heads = {matrix: matrix for matrix in columns}
     numbers = measures(name, frames, checkpoints)
-    if name == "projection":
-        subtitle += " (shaded: ±1.96 sd)"
     if name in ("weight_similarity", "neuron_matching") and numbers["null_sd"].is_not_null().any():
         subtitle += " (shaded: ±1.96 sd of one pair)"
     models = table["model"].unique(maintain_order=True).to_list()  # one colour a model in every comparison

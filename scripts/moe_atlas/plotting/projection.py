@@ -80,7 +80,7 @@ class MatrixProjection(_Projection):
         drawn = []
         for i, matrix in enumerate(_MATRICES):
             panel = page.data["panels"][matrix]
-            axes = add_axes(figure, _LEFT + i * (_SIZE + _GAP), head, _SIZE, _SIZE)
+            axes = _flat_axes(figure, i, head, panel)
             self._points(axes, page, panel, 4.0)
             named = _named(panel, page.data["labels"])
             for j in named:
@@ -92,13 +92,6 @@ class MatrixProjection(_Projection):
                     fontsize=7,
                     annotation_clip=True,
                 )
-            axes.set_title(f"{matrix}\n{_axis_share(panel, 0)}", fontsize=8)
-            axes.set_xlabel("PC1")
-            axes.locator_params(nbins=5)
-            if i == 0:
-                axes.set_ylabel("PC2")
-            else:
-                axes.tick_params(labelleft=False)
             drawn.append(axes)
 
         def apply(limits: Limits, which: str) -> None:
@@ -156,15 +149,8 @@ class NeuronProjection(_Projection):
         for i, matrix in enumerate(_MATRICES):
             panel = page.data["panels"][matrix]
             left = _LEFT + i * (_SIZE + _GAP)
-            axes = add_axes(figure, left, head, _SIZE, _SIZE)
+            axes = _flat_axes(figure, i, head, panel)
             mappable = self._points(axes, page, panel, 2) or mappable
-            axes.set_title(f"{matrix}\n{_axis_share(panel, 0)}", fontsize=8)
-            axes.set_xlabel("PC1")
-            axes.locator_params(nbins=5)
-            if i == 0:
-                axes.set_ylabel("PC2")
-            else:
-                axes.tick_params(labelleft=False)
             flat.append(axes)
             axes = add_axes(figure, left - 0.17, head + _SIZE + 0.4, deep, deep, projection="3d")
             self._points(axes, page, panel, 3)
@@ -218,6 +204,19 @@ class NeuronProjection(_Projection):
         if not routed.all():
             axes.scatter(*scores[~routed].T, marker="x", s=size + 3, color=COLOURS[6], linewidths=0.5, rasterized=True)
         return drawn if experts > 1 else None
+
+
+def _flat_axes(figure, column: int, head: float, panel: dict):
+    """Axes of the first two components, titled by matrix and the first one's share."""
+    axes = add_axes(figure, _LEFT + column * (_SIZE + _GAP), head, _SIZE, _SIZE)
+    axes.set_title(f"{_MATRICES[column]}\n{_axis_share(panel, 0)}", fontsize=8)
+    axes.set_xlabel("PC1")
+    axes.locator_params(nbins=5)
+    if column == 0:
+        axes.set_ylabel("PC2")
+    else:
+        axes.tick_params(labelleft=False)
+    return axes
 
 
 def _expert_bar(figure, mappable, axes, experts: int) -> None:
