@@ -81,7 +81,7 @@ def chunk_of(index: TextIndex, logits, outputs, activation, top_k: int = 2) -> C
     return Chunk(
         rows=torch.arange(len(index)), first=index.position == 0, block=index.block, blocks=index.blocks,
         own_logits=logits, logits=logits.float(), router_ids=ids, router_weights=weights, ids=ids, weights=weights,
-        random_ids=ids, outputs=outputs, activation=activation,
+        random_ids=ids, outputs=outputs, active=(activation.abs() > 0.001).double().mean((0, 2)),
     )  # fmt: skip
 
 
@@ -95,12 +95,13 @@ def frames_of(banks: list[ExpertBank], layers: list[tuple], index: TextIndex) ->
             torch.device("cpu"),
             list(map(str, range(len(bank)))),
         )
-        arrays = {}
+        histogram = ActivationHistogram(len(labels), device)
+        histogram.add(slice(None), activation)
+        arrays = {name: array.numpy() for name, array in histogram.arrays().items()}
         for recorder in (
             Pairs(len(labels), index.blocks, device),
             Documents(labels, len(labels), index.blocks, device),
             CrossRanks(len(labels), device),
-            ActivationHistogram(len(labels), device),
         ):
             recorder.add(chunk)
             arrays |= {name: array.numpy() for name, array in recorder.arrays().items()}

@@ -13,7 +13,7 @@ import polars as pl
 import pytest
 import torch
 from loops import loop_angular, loop_cosine, loop_rank_counts, normal
-from recorded import all_recorders, arrays_of_chunks, made_up
+from recorded import all_recorders, arrays_of_chunks, compared, made_up, with_activation
 from safetensors.torch import save_file
 from scipy.stats import rankdata
 
@@ -49,7 +49,7 @@ def record(entry, count):
     """What extraction records of them."""
     index, chunk = chunk_of(entry, count)
     if entry["site"] == "attention":
-        chunk.activation = None
+        with_activation(chunk, None)
     return arrays_of_chunks(all_recorders(index, entry["labels"], entry["experts"], entry["top_k"]), [chunk])
 
 
@@ -165,7 +165,7 @@ def test_rank_count_table(short_run):
 def test_output_similarity(short_run):
     wanted = []
     for entry, key, _ in sites_of(short_run[2]):
-        outputs = chunk_of(entry)[1].outputs.tolist()
+        outputs = compared(chunk_of(entry)[1]).tolist()
         for a, b in itertools.combinations_with_replacement(range(len(entry["labels"])), 2):
             cosines = [1.0 if a == b else loop_cosine(x, y) for x, y in zip(outputs[a], outputs[b], strict=True)]
             row = [*key, entry["labels"][a], entry["labels"][b], len(TOKENS)]
@@ -183,7 +183,7 @@ def test_output_similarity(short_run):
 def test_output_similarity_of_content_quantiles_and_documents(short_run):
     """Without position 0; order statistics to a bin; sd of the two documents' means."""
     for entry, (layer, site), _ in sites_of(short_run[2]):
-        cosines = pair_cosines(chunk_of(entry)[1].outputs).numpy()
+        cosines = pair_cosines(compared(chunk_of(entry)[1])).numpy()
         content = [token for token, (_, position) in enumerate(TOKENS) if position]
         by_document = [[t for t in content if TOKENS[t][0] == document] for document in (0, 1)]
         rows = short_run[1]["output_similarity"].filter(layer=layer, site=site)

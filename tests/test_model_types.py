@@ -74,6 +74,12 @@ class Watcher:
 
     seen = 0
 
+    def ready(self, experts: slice) -> None:
+        pass
+
+    def activation(self, tokens: torch.Tensor, experts: slice, activation: torch.Tensor) -> None:
+        pass
+
     def tokens(self) -> torch.Tensor:
         return torch.arange(TOKENS)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loops import loop_angular, loop_cosine, loop_rank_counts, normal
-from recorded import all_recorders, arrays_of_chunks, made_up, part
+from recorded import all_recorders, arrays_of_chunks, compared, made_up, part, with_activation
 from scipy import stats
 
 from moe_atlas.accumulate import Sketch, half_octaves, histogram_bins, rank_agreement, rank_ranges
@@ -90,7 +90,7 @@ def test_first_tokens_are_counted_apart(chunk, arrays):
         for rank, expert in enumerate(chunk.ids[row].tolist()):
             load[expert, rank] += 1
         for a, b in itertools.product(range(len(LABELS)), repeat=2):
-            value = 1.0 if a == b else loop_cosine(chunk.outputs[a, row].tolist(), chunk.outputs[b, row].tolist())
+            value = 1.0 if a == b else loop_cosine(*(compared(chunk)[i, row].tolist() for i in (a, b)))
             cosine[a, b] += value
             angular[a, b] += loop_angular(value)
     assert arrays["load_tokens_first"].tolist() == load.tolist()
@@ -100,7 +100,7 @@ def test_first_tokens_are_counted_apart(chunk, arrays):
 
 def loop_measures(chunk, row) -> dict[str, float]:
     """DOCUMENT_MEASURES of one token, by their definitions."""
-    outputs = [output[row].double().tolist() for output in chunk.outputs]
+    outputs = [output[row].double().tolist() for output in compared(chunk)]
     logits, chosen = chunk.logits[row].double().tolist(), [e for e in chunk.ids[row].tolist() if e >= 0]
 
     def mean(values):
@@ -148,7 +148,7 @@ def test_measures_of_documents_match_loops(chunk, arrays):
 def test_what_a_model_lacks_has_no_measure():
     labels = ["0", "1", "2"]
     chunk = made_up(INDEX, labels, 3, 1)
-    chunk.activation = None
+    with_activation(chunk, None)
     arrays = arrays_of_chunks(all_recorders(INDEX, labels, 3, 1), [chunk])
     counts = dict(zip(DOCUMENT_MEASURES, arrays["document_count"].sum((0, 1)).tolist(), strict=True))
     missing = {name for name, count in counts.items() if count == 0}
@@ -207,25 +207,25 @@ def test_a_sketch_without_values_has_no_quantile_and_one_of_equal_values_is_exac
     assert [histogram_bins(pairs) for pairs in (1, 8192, 8193)] == [200, 200, 50]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_histogram_counts_what_is_above_an_edge(dtype):
-    chunk = made_up(INDEX, LABELS, EXPERTS, TOP_K)
     values = normal(EXPERTS, len(INDEX), 40, seed=5) * 10.0 ** normal(EXPERTS, len(INDEX), 40, seed=6).mul(3)
     values[0, :4, 0] = torch.tensor([0.0, -0.0, 0.001, -0.001])
     values[0, 4, :2] = torch.tensor([float("inf"), 1e-30])
     values[1, 0] = edges()[1:41].float()
-    chunk.activation = values.to(dtype)
-    histogram = ActivationHistogram(EXPERTS)
-    for rows in range(len(INDEX)):
-        histogram.add(part(chunk, [rows]))
+    activation = values.to(dtype)
+    histogram, magnitude = ActivationHistogram(EXPERTS), activation.float().abs()
+    for token in range(len(INDEX)):
+        for experts in (slice(0, 2), slice(2, EXPERTS)):
+            inactive = histogram.add(experts, activation[experts, token : token + 1])
+            assert inactive.tolist() == [(magnitude[experts, token] <= 0.001).sum().item()]
     counts = histogram.arrays()["activation_histogram"]
-    magnitude = chunk.activation.float().abs()
     above = counts.sum(1, keepdim=True) - counts.cumsum(1)
     assert counts.shape == (EXPERTS, 67) and len(edges()) == 66
     for number, edge in enumerate(edges().float()):
         assert above[:, number].tolist() == (magnitude > edge).sum((1, 2)).tolist(), edge
     assert torch.tensor(0.001) in edges().float()
-    assert torch.equal(half_octaves(chunk.activation) >= 0, magnitude > 0.001)
+    assert torch.equal(half_octaves(activation) >= 0, magnitude > 0.001)
 
 
 def test_states_hold_the_experts_and_f_where_it_has_as_many_neurons():
@@ -233,9 +233,8 @@ def test_states_hold_the_experts_and_f_where_it_has_as_many_neurons():
     for width, labels in ((9, [*"01234", "F"]), (7, [*"01234"])):
         states, own = States(len(INDEX), EXPERTS), normal(len(INDEX), width)
         for rows in torch.arange(len(INDEX)).flip(0).split(4):
-            piece = part(chunk, rows)
-            piece.own_activation = own[rows]
-            states.add(piece)
+            states.add(rows, slice(0, 2), chunk.activation[:2, rows], own[rows])
+            states.add(rows, slice(2, EXPERTS), chunk.activation[2:, rows])
         assert states.labels == labels and states.kept.shape == (len(INDEX), len(labels), 9)
         assert torch.equal(states.kept[:, :EXPERTS].transpose(0, 1), chunk.activation)
         assert width != 9 or torch.equal(states.kept[:, -1], own)

@@ -12,17 +12,29 @@ import torch
 from moe_atlas.errors import AtlasError
 
 SMALLEST_NORM = 1e-8  # a shorter vector counts as this long, so that a zero output has cosine 0 with all
+_BLOCK_NUMBERS = 1 << 21  # float64 numbers of the outputs whose cosines are computed at a time: 16 MiB
 _TIED_ELEMENTS = 1 << 22  # float64 numbers in one (tokens, N, N) block of tokens with ties: 32 MiB
 
 
-def pair_cosines(outputs: torch.Tensor) -> torch.Tensor:
+def pair_cosines(*outputs: torch.Tensor) -> torch.Tensor:
     """Cosines of all pairs of outputs, token by token.
 
-    outputs: (M, T, d), any floating dtype. Returns (T, M, M) float64, exactly symmetric, in -1..1:
-    <a, b> / (max(|a|, 1e-8) max(|b|, 1e-8)). Needs (T, M, d) float64 of memory besides; the
-    caller passes as many tokens as fit.
+    outputs: (M, T, d), any floating dtype; or several such tensors of the same tokens, one below the other. Returns
+    (T, M, M) float64, exactly symmetric, in -1..1: <a, b> / (max(|a|, 1e-8) max(|b|, 1e-8)).
     """
-    vectors = outputs.to(torch.float64).transpose(0, 1)
+    tokens, numbers = outputs[0].shape[1], sum(len(part) for part in outputs) * outputs[0].shape[2]
+    blocks = [[part[:, rows] for part in outputs] for rows in _blocks(tokens, _BLOCK_NUMBERS // numbers)]
+    return torch.cat([_pair_cosines(torch.cat([part.to(torch.float64) for part in block])) for block in blocks])
+
+
+def _blocks(count: int, most: int) -> list[slice]:
+    """Ranges of at most so many of `count` things, and at least one; an empty range for none."""
+    return [slice(first, first + max(1, most)) for first in range(0, max(1, count), max(1, most))]
+
+
+def _pair_cosines(outputs: torch.Tensor) -> torch.Tensor:
+    """pair_cosines of outputs (M, T, d) float64."""
+    vectors = outputs.transpose(0, 1)
     products = torch.bmm(vectors, vectors.transpose(1, 2))
     norms = products.diagonal(dim1=1, dim2=2).sqrt()
     lengths = norms.clamp_min(SMALLEST_NORM)

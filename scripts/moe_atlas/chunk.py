@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from moe_atlas.accumulate import HALF_OCTAVES, angular, half_octaves, pair_cosines, rank_ranges
+from moe_atlas.accumulate import angular, pair_cosines, rank_ranges
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Chunk:
     ids: torch.Tensor  # (c, k) largest weight first, -1 an empty slot
     weights: torch.Tensor  # (c, k) in the same order, 0 for an empty slot
     random_ids: torch.Tensor  # (c, k) of a random router
-    outputs: torch.Tensor  # (M, c, d)
-    activation: torch.Tensor | None  # (N, c, m), None for experts without one
-    own_activation: torch.Tensor | None = None  # (c, m') of the dense FFN on its own hidden states
+    outputs: torch.Tensor  # (N, c, d) of the experts
+    others: torch.Tensor | None = None  # (M - N, c, d) of what they are compared with
+    active: torch.Tensor | None = None  # (c,) float64: share of all experts' neurons above 0.001, where they have some
 
     @property
     def experts(self) -> int:
@@ -39,7 +39,7 @@ class Chunk:
     @cached_property
     def cosines(self) -> torch.Tensor:
         """(c, M, M) float64."""
-        return pair_cosines(self.outputs)
+        return pair_cosines(*([self.outputs] if self.others is None else [self.outputs, self.others]))
 
     @cached_property
     def angles(self) -> torch.Tensor:
@@ -49,26 +49,12 @@ class Chunk:
     @cached_property
     def norms(self) -> torch.Tensor:
         """(c, N) float32: lengths of the experts' outputs."""
-        return torch.linalg.vector_norm(self.outputs[: self.experts], dim=-1, dtype=torch.float32).T
+        return torch.linalg.vector_norm(self.outputs, dim=-1, dtype=torch.float32).T
 
     @cached_property
     def ranges(self) -> tuple[torch.Tensor, ...]:
         """Ranks of scores and norms, as rank_ranges gives them."""
         return rank_ranges(self.logits, self.norms)
-
-    @cached_property
-    def activity(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the absolute activation: counts (N, bins) int64 in the bins of HALF_OCTAVES, and the share (c,) float64 of
-        each token's neurons above 0.001. One expert at a time: bins take twice the memory of the activation."""
-        experts, tokens, _ = self.activation.shape
-        first, past = HALF_OCTAVES
-        counts = torch.empty(experts, past - first, dtype=torch.int64, device=self.activation.device)
-        inactive = torch.zeros(tokens, dtype=torch.int64, device=self.activation.device)
-        for expert, states in enumerate(self.activation):
-            bins = half_octaves(states)
-            inactive -= (bins >> 31).sum(1)  # the shift leaves -1 of a negative bin, 0 of any other
-            counts[expert] = torch.bincount(bins.sub_(first).flatten(), minlength=past - first)
-        return counts, 1 - inactive.to(torch.float64) / self.activation[:, 0].numel()
 
     @cached_property
     def gates(self) -> torch.Tensor:

@@ -8,7 +8,7 @@ the result is described in results/README.md (activations.safetensors).
 import contextlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -90,6 +90,7 @@ class SiteProbe:
     keep_tokens: bool = False  # a row a token, for short texts
     reference: nn.Module | None = None  # dense FFN for F_same_input
     has_own: bool = False  # whether the dense FFN's run on its own hidden states comes with each batch
+    arrival: Callable[[slice], None] = lambda experts: None  # returns when the weights of these experts are there
     labels: list[str] = field(init=False)
     batch: Batch | None = None
     own: DenseRun | None = None  # of the current batch
@@ -99,16 +100,33 @@ class SiteProbe:
         self.labels += ["F"] * self.has_own + ["F_same_input"] * (self.reference is not None)
         self.labels += ["SE"] * (self.site.shared is not None)
         self.recorders: list[Recorder] = []
+        self.histogram: ActivationHistogram | None = None
         self.states = States(len(self.index), self.site.num_experts) if self.keep_tokens else None
 
     def tokens(self) -> torch.Tensor:
         return self.batch.tokens
+
+    def ready(self, experts: slice) -> None:
+        self.arrival(experts)
 
     def start(self, batch: Batch, own: DenseRun | None) -> None:
         """What the following calls of the site belong to."""
         self.batch, self.own = batch, own
         self._row_of = torch.zeros(batch.ids.numel(), dtype=torch.int64)
         self._row_of[batch.tokens.cpu()] = batch.rows
+        self._inactive: torch.Tensor | None = None  # (b * t,) neurons of all experts at most 0.001
+
+    def activation(self, tokens: torch.Tensor, experts: slice, activation: torch.Tensor) -> None:
+        if self.histogram is None:
+            self.histogram = ActivationHistogram(self.site.num_experts, activation.device)
+        if self._inactive is None:
+            self._inactive = torch.zeros(self.batch.ids.numel(), dtype=torch.int64, device=activation.device)
+        self._neurons = self.site.num_experts * activation.shape[2]
+        self._inactive[tokens] += self.histogram.add(experts, activation)
+        if self.states is not None:
+            asked = self.has_own and experts.start == 0
+            own = ffn_activation(self.reference, self.own.inputs[tokens]) if asked else None
+            self.states.add(self._row_of[tokens.cpu()], experts, activation, own)
 
     def _begin(self, top_k: int, device: torch.device) -> None:
         """Make the recorders: how many experts a token may choose is known from the first call."""
@@ -123,16 +141,15 @@ class SiteProbe:
             recorders.Documents(self.labels, experts, blocks, device),
             recorders.Importance(experts, blocks, device),
             recorders.Choices(self.index, experts, top_k),
-            ActivationHistogram(experts, device),
             CrossRanks(experts, device),
         ]
         if self.keep_tokens:
             self.recorders.append(recorders.Tokens(len(self.index)))
 
-    def record(self, tokens, inputs, logits, ids, weights, outputs, activation) -> None:
+    def record(self, tokens, inputs, logits, ids, weights, outputs) -> None:
         if not self.recorders:
             self._begin(ids.shape[1], outputs.device)
-        compared = [outputs]
+        compared = []
         if self.has_own:
             compared.append(self.own.outputs[tokens][None])
         if self.reference is not None:
@@ -154,12 +171,11 @@ class SiteProbe:
             ids=ordered[0],
             weights=ordered[1],
             random_ids=random_logits.topk(min(self.top_k, self.site.num_experts), dim=-1).indices,
-            outputs=outputs if len(compared) == 1 else torch.cat([part.to(outputs.dtype) for part in compared]),
-            activation=activation,
+            outputs=outputs,
+            others=torch.cat([part.to(outputs.dtype) for part in compared]) if compared else None,
+            active=None if self._inactive is None else 1 - self._inactive[tokens].to(torch.float64) / self._neurons,
         )
-        if self.states is not None and self.has_own:
-            chunk.own_activation = ffn_activation(self.reference, self.own.inputs[tokens])
-        for recorder in self.recorders if self.states is None else (*self.recorders, self.states):
+        for recorder in self.recorders:
             recorder.add(chunk)
 
     def arrays(self) -> dict[str, torch.Tensor]:
@@ -167,6 +183,8 @@ class SiteProbe:
         arrays: dict[str, torch.Tensor] = {}
         for recorder in self.recorders:
             arrays |= recorder.arrays()
+        if self.histogram is not None:
+            arrays |= self.histogram.arrays()
         return {name: array.cpu().contiguous() for name, array in arrays.items()}
 
     def description(self) -> dict:

@@ -132,8 +132,8 @@ class Documents:
         }
         if experts > 1:
             values["top2_score"] = scores[:, 1]
-        if chunk.activation is not None:
-            values["active"] = chunk.activity[1]
+        if chunk.active is not None:
+            values["active"] = chunk.active
         of_label = {"F": "reference_cosine", "F_same_input": "reference_same_input_cosine", "SE": "shared_cosine"}
         for label, name in of_label.items():
             if label in self.column:
@@ -167,7 +167,7 @@ class Importance:
         self.largest = torch.zeros(experts, dtype=torch.float32, device=device)
 
     def add(self, chunk: Chunk) -> None:
-        norms, outputs = chunk.norms.to(torch.float64), chunk.outputs[: chunk.experts]
+        norms, outputs = chunk.norms.to(torch.float64), chunk.outputs
         values = (chunk.chosen, chunk.gates, chunk.chosen * norms, chunk.gates * norms)
         for total, value in zip(self.sums, values, strict=True):
             total += chunk.membership[: chunk.blocks] @ value

@@ -6,10 +6,10 @@ the share of neurons with |a| > 0.001, there without its distribution.
 
 import torch
 
-from moe_atlas.accumulate import HALF_OCTAVES, half_octave_edges
-from moe_atlas.chunk import Chunk
+from moe_atlas.accumulate import HALF_OCTAVES, half_octave_edges, half_octaves
 
 _OCTAVES = 16  # of the histogram, below 0.001 and above it
+_PATTERNS = 1 << 15  # of a 16-bit float without its sign
 
 
 def edges() -> torch.Tensor:
@@ -25,16 +25,42 @@ class ActivationHistogram:
 
     def __init__(self, experts: int, device: torch.device | str = "cpu"):
         self.counts = torch.zeros(experts, HALF_OCTAVES[1] - HALF_OCTAVES[0], dtype=torch.int64, device=device)
+        self._of_pattern: dict[torch.dtype, torch.Tensor] = {}
 
-    def add(self, chunk: Chunk) -> None:
-        if chunk.activation is None:
-            return
-        self.counts += chunk.activity[0]
+    def add(self, experts: slice, activation: torch.Tensor) -> torch.Tensor:
+        """Take the activation (g, c, m) of some experts; (c,) int64: how many of a token's neurons are at most 0.001.
+
+        One expert at a time: bins take as much memory as its activation, or twice as much.
+        """
+        inactive = torch.zeros(activation.shape[1], dtype=torch.int64, device=activation.device)
+        count = self._halves if activation.dtype.itemsize == 2 else self._bins
+        for own, states in zip(self.counts[experts], activation, strict=True):
+            inactive += count(own, states)
+        return inactive
+
+    def _bins(self, counts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        bins = half_octaves(states)
+        below = -(bins >> 31).sum(1)  # the shift leaves -1 of a negative bin, 0 of any other
+        counts += torch.bincount(bins.sub_(HALF_OCTAVES[0]).flatten(), minlength=len(counts))
+        return below
+
+    def _halves(self, counts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """As `_bins`, for 16-bit floats: there are so few that each is counted, and put into its bin afterwards."""
+        bins = self._bins_of_patterns(states.dtype)
+        patterns = states.contiguous().view(torch.int16).bitwise_and(_PATTERNS - 1)
+        found = torch.bincount(patterns.flatten(), minlength=_PATTERNS)
+        counts += torch.zeros_like(counts).index_add_(0, bins - HALF_OCTAVES[0], found)
+        return (patterns < int((bins < 0).sum())).sum(1, dtype=torch.int32)
+
+    def _bins_of_patterns(self, dtype: torch.dtype) -> torch.Tensor:
+        """Bin of every positive number of a 16-bit dtype, in ascending order."""
+        if dtype not in self._of_pattern:
+            values = torch.arange(_PATTERNS, dtype=torch.int16, device=self.counts.device).view(dtype)
+            self._of_pattern[dtype] = half_octaves(values).long()
+        return self._of_pattern[dtype]
 
     def arrays(self) -> dict[str, torch.Tensor]:
-        """activation_histogram (N, 67) int64, activation_edges (66,) float64; none for experts without activation."""
-        if not self.counts.any():
-            return {}
+        """activation_histogram (N, 67) int64, activation_edges (66,) float64."""
         first, last = (2 * octaves - HALF_OCTAVES[0] for octaves in (-_OCTAVES, _OCTAVES))
         zero, low = self.counts[:, :1], self.counts[:, 1:first].sum(1, keepdim=True)
         high = self.counts[:, last:].sum(1, keepdim=True)
@@ -49,18 +75,18 @@ class States:
     """
 
     def __init__(self, tokens: int, experts: int):
-        self.tokens = tokens
+        self.tokens, self.experts = tokens, experts
         self.labels = [str(expert) for expert in range(experts)]
         self.kept: torch.Tensor | None = None
 
-    def add(self, chunk: Chunk) -> None:
-        states, own = chunk.activation, chunk.own_activation
-        if states is None:
-            return
-        states = states.transpose(0, 1)
-        if own is not None and own.shape[1] == states.shape[2]:
-            states = torch.cat([states, own[:, None].to(states.dtype)], 1)
-            self.labels = [*self.labels[: chunk.experts], "F"]
+    def add(
+        self, rows: torch.Tensor, experts: slice, activation: torch.Tensor, own: torch.Tensor | None = None
+    ) -> None:
+        """Take the activation (g, c, m) of some experts on the tokens at places (c,) of the text, and F's (c, m')."""
+        compared = own is not None and own.shape[1] == activation.shape[2]
         if self.kept is None:
-            self.kept = torch.empty(self.tokens, *states.shape[1:], dtype=torch.float32)
-        self.kept[chunk.rows] = states.to("cpu", torch.float32)
+            self.labels += ["F"] * compared
+            self.kept = torch.empty(self.tokens, len(self.labels), activation.shape[2], dtype=torch.float32)
+        self.kept[rows, experts] = activation.transpose(0, 1).to("cpu", torch.float32)
+        if compared:
+            self.kept[rows, self.experts] = own.to("cpu", torch.float32)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.models.dbrx import modeling_dbrx
 
 from moe_atlas.architectures.bank import ExpertBank
-from moe_atlas.architectures.sites import Answer, ExpertSite, Observer
+from moe_atlas.architectures.sites import ALL, Answer, ExpertSite, Observer, multiply
 
 
 class DbrxSite(ExpertSite):
@@ -23,17 +23,20 @@ class DbrxSite(ExpertSite):
         """One of the three matrices as (N, m, d)."""
         return getattr(self.experts.mlp, name).view(self.num_experts, self.width, self.hidden)
 
-    def answer(self, inputs: torch.Tensor) -> Answer:
-        act, up = (torch.matmul(inputs, self._stack(name).transpose(1, 2)) for name in ("w1", "v1"))
+    def answer(self, inputs: torch.Tensor, experts: slice = ALL) -> Answer:
+        act, up = (multiply(inputs, self._stack(name)[experts].transpose(1, 2)) for name in ("w1", "v1"))
         activation = self.experts.mlp.activation_fn(act)
-        return torch.matmul(activation * up, self._stack("w2")), activation
+        return multiply(activation * up, self._stack("w2")[experts]), activation
 
     def forward(
         self, observer: Observer, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         inputs = hidden_states.reshape(-1, self.hidden)
-        numbers = self.num_experts * (3 * self.width + 2 * self.hidden)
-        mixture = self._mixture(observer, inputs, ids, weights, lambda tokens: self.answer(inputs[tokens]), numbers)
+
+        def answer(tokens: torch.Tensor, experts: slice) -> Answer:
+            return self.answer(inputs[tokens], experts)
+
+        mixture = self._mixture(observer, inputs, ids, weights, answer, 4 * self.width + self.hidden)
         return mixture.view_as(hidden_states)
 
     @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import nn
 from moe_atlas.architectures import internals
 from moe_atlas.architectures.bank import ExpertBank
 from moe_atlas.architectures.ffn import ffn_view, input_width, is_ffn
-from moe_atlas.architectures.sites import Answer, ExpertSite, Observer
+from moe_atlas.architectures.sites import ALL, Answer, ExpertSite, Observer, multiply
 from moe_atlas.errors import AtlasError
 
 # What the families call the router, as a child of the module that holds the experts.
@@ -29,27 +29,28 @@ class InterfaceSite(ExpertSite):
         self.block = around[0]
         self.router = _find_router(self.block, self.num_experts)
         self.shared = _find_shared(around, self.hidden)
+        self._has_plain_gate = not experts.has_gate or internals.has_plain_gate(experts)
 
-    def _linear(self, name: str, inputs: torch.Tensor) -> torch.Tensor:
-        """Each expert's linear map: inputs (T, i) for all experts or (N, T, i) -> (N, T, o)."""
-        weight = getattr(self.experts, name)
+    def _linear(self, name: str, inputs: torch.Tensor, experts: slice) -> torch.Tensor:
+        """Linear map of g experts: inputs (T, i) for all of them or (g, T, i) -> (g, T, o)."""
+        weight = getattr(self.experts, name)[experts]
         weight = weight if self.experts.is_transposed else weight.transpose(1, 2)
-        result = torch.matmul(inputs, weight)
-        return result + getattr(self.experts, f"{name}_bias")[:, None] if self.experts.has_bias else result
+        result = multiply(inputs, weight)
+        return result + getattr(self.experts, f"{name}_bias")[experts, None] if self.experts.has_bias else result
 
-    def answer(self, inputs: torch.Tensor) -> Answer:
-        experts = self.experts
-        if not experts.has_gate:
-            hidden = activation = experts.act_fn(self._linear("up_proj", inputs))
+    def answer(self, inputs: torch.Tensor, experts: slice = ALL) -> Answer:
+        module = self.experts
+        if not module.has_gate:
+            hidden = activation = module.act_fn(self._linear("up_proj", inputs, experts))
         else:
-            hidden, activation = self._gated(self._linear("gate_up_proj", inputs))
-        outputs = self._linear("down_proj", hidden)
-        return (experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs), activation
+            hidden, activation = self._gated(self._linear("gate_up_proj", inputs, experts))
+        outputs = self._linear("down_proj", hidden, experts)
+        return (module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs), activation
 
     def _gated(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The gate branch times up, and the gate branch alone, of both (N, T, 2m): each (N, T, m)."""
         experts = self.experts
-        if internals.has_plain_gate(experts):
+        if self._has_plain_gate:
             gate, up = both.chunk(2, dim=-1)
             activation = experts.act_fn(gate)
             return activation * up, activation
@@ -63,10 +64,14 @@ class InterfaceSite(ExpertSite):
 
     @contextlib.contextmanager
     def _attached(self, observer: Observer) -> Iterator[None]:
-        numbers = self.num_experts * (4 * self.width + 6 * self.hidden)
+        # Both halves of the first map, the activation and its product with up; a gate of a family's own takes twice it.
+        numbers = self.hidden + (4 if self._has_plain_gate else 8) * self.width
 
         def experts_function(inputs, ids, weights):
-            return self._mixture(observer, inputs, ids, weights, lambda tokens: self.answer(inputs[tokens]), numbers)
+            def answer(tokens: torch.Tensor, experts: slice) -> Answer:
+                return self.answer(inputs[tokens], experts)
+
+            return self._mixture(observer, inputs, ids, weights, answer, numbers)
 
         with internals.observing(self.experts, experts_function):
             yield

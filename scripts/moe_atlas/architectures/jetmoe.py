@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.jetmoe import modeling_jetmoe
 
 from moe_atlas.architectures.bank import ExpertBank
-from moe_atlas.architectures.sites import Answer, ExpertSite, Observer
+from moe_atlas.architectures.sites import ALL, Answer, ExpertSite, Observer
 
 
 class _JetMoeSite(ExpertSite):
@@ -35,14 +35,14 @@ class _JetMoeSite(ExpertSite):
         values, ids = logits.topk(self.top_k, dim=1)
         return logits, ids, torch.softmax(values, dim=1).type_as(inputs)
 
-    def first_maps(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(T, d) through the first map of every expert in one product: (T, N, o)."""
-        weight = self.first.weight
+    def first_maps(self, inputs: torch.Tensor, experts: slice = ALL) -> torch.Tensor:
+        """(T, d) through the first map of g experts in one product: (T, g, o)."""
+        weight = self.first.weight[experts]
         return functional.linear(inputs, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
 
-    def second_maps(self, inner: torch.Tensor) -> torch.Tensor:
-        """(T, N, i) through the second map of every expert: (N, T, d)."""
-        return torch.bmm(inner.transpose(0, 1), self.second.weight.transpose(1, 2))
+    def second_maps(self, inner: torch.Tensor, experts: slice = ALL) -> torch.Tensor:
+        """(T, g, i) through the second map of g experts: (g, T, d)."""
+        return torch.bmm(inner.transpose(0, 1), self.second.weight[experts].transpose(1, 2))
 
     @contextlib.contextmanager
     def _attached(self, observer: Observer) -> Iterator[None]:
@@ -58,16 +58,20 @@ class JetMoeFFNSite(_JetMoeSite):
 
     name = "ffn"
 
-    def answer(self, inputs: torch.Tensor) -> Answer:
-        act, up = self.first_maps(inputs).chunk(2, dim=-1)
+    def answer(self, inputs: torch.Tensor, experts: slice = ALL) -> Answer:
+        act, up = self.first_maps(inputs, experts).chunk(2, dim=-1)
         activation = self.module.activation(act)
-        return self.second_maps(activation * up), activation.transpose(0, 1)
+        return self.second_maps(activation * up, experts), activation.transpose(0, 1)
 
     def forward(self, observer: Observer, layer_input: torch.Tensor) -> torch.Tensor:
         inputs = layer_input.reshape(-1, layer_input.shape[-1])
         _, ids, weights = self.route(inputs)
-        numbers = self.num_experts * (2 * self.first.output_size + self.second.output_size)
-        mixture = self._mixture(observer, inputs, ids, weights, lambda tokens: self.answer(inputs[tokens]), numbers)
+        numbers = 2 * self.first.output_size + self.second.output_size
+
+        def answer(tokens: torch.Tensor, experts: slice) -> Answer:
+            return self.answer(inputs[tokens], experts)
+
+        mixture = self._mixture(observer, inputs, ids, weights, answer, numbers)
         return mixture.view_as(layer_input) + self.module.bias
 
     def bank(self) -> ExpertBank:
@@ -101,10 +105,10 @@ class JetMoeAttentionSite(_JetMoeSite):
         inputs = hidden_states.flatten(0, 1)
         logits, ids, weights = self.route(inputs)
         read = self.all_heads(hidden_states, **kwargs)
-        numbers = self.num_experts * (self.first.output_size + self.second.output_size)
+        numbers = self.first.output_size + self.second.output_size
 
-        def answer(tokens: torch.Tensor) -> Answer:
-            return self.second_maps(read[tokens]), None
+        def answer(tokens: torch.Tensor, experts: slice) -> Answer:
+            return self.second_maps(read[tokens][:, experts], experts), None
 
         mixture = self._mixture(observer, inputs, ids, weights, answer, numbers)
         return mixture.view_as(hidden_states) + self.experts.bias, None, logits

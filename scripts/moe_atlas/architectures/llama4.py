@@ -13,7 +13,7 @@ from transformers.models.llama4 import modeling_llama4
 
 from moe_atlas.architectures.bank import ExpertBank
 from moe_atlas.architectures.ffn import ffn_view
-from moe_atlas.architectures.sites import Answer, ExpertSite, Observer
+from moe_atlas.architectures.sites import ALL, Answer, ExpertSite, Observer, multiply
 
 
 class Llama4Site(ExpertSite):
@@ -38,15 +38,11 @@ class Llama4Site(ExpertSite):
         values, ids = logits.topk(self.top_k, dim=1)
         return logits, ids, torch.sigmoid(values.float()).to(inputs.dtype)
 
-    def _expert(self, inputs: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> Answer:
-        """Inputs (..., d) through weights (..., d, 2m) and (..., m, d): (..., d), and the activation (..., m)."""
-        gate, up = torch.matmul(inputs, first).chunk(2, dim=-1)
-        activation = self.experts.act_fn(gate)
-        return torch.matmul(up * activation, second), activation
-
-    def answer(self, inputs: torch.Tensor) -> Answer:
+    def answer(self, inputs: torch.Tensor, experts: slice = ALL) -> Answer:
         """On the unscaled inputs."""
-        return self._expert(inputs, self.experts.gate_up_proj, self.experts.down_proj)
+        gate, up = multiply(inputs, self.experts.gate_up_proj[experts]).chunk(2, dim=-1)
+        activation = self.experts.act_fn(gate)
+        return multiply(up * activation, self.experts.down_proj[experts]), activation
 
     def chosen(self, inputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Sum of the chosen experts (T, k) on inputs (T, d) times their weights (T, k): (T, d), at least float32."""
@@ -54,8 +50,7 @@ class Llama4Site(ExpertSite):
         for expert in ids.unique().tolist():
             rows, slots = torch.where(ids == expert)
             scaled = inputs[rows] * weights[rows, slots, None]
-            weights_of = self.experts.gate_up_proj[expert], self.experts.down_proj[expert]
-            mixture[rows] += self._expert(scaled, *weights_of)[0]
+            mixture[rows] += self.answer(scaled, slice(expert, expert + 1))[0][0]
         return mixture
 
     def forward(self, observer: Observer, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,8 +62,8 @@ class Llama4Site(ExpertSite):
             inputs,
             ids,
             weights,
-            lambda tokens: self.answer(inputs[tokens]),
-            self.num_experts * (3 * width + 2 * hidden),
+            lambda tokens, experts: self.answer(inputs[tokens], experts),
+            4 * width + hidden,
             lambda tokens: self.chosen(inputs[tokens], ids[tokens], weights[tokens]),
         )
         return self.shared(inputs) + mixture, logits

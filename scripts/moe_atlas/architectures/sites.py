@@ -1,8 +1,8 @@
 """Where a decoder layer has experts, how all of them are evaluated, and how the mixture is made of that.
 
 An expert site is one router with its N experts: the FFN experts of a layer, or its attention experts.
-Its experts are all evaluated on every token, in token order, in chunks of tokens of bounded size; the
-model goes on with the mixture of the k chosen ones, so its output stays what it would have been.
+Its experts are all evaluated on every token, in token order, in chunks of tokens and groups of experts of
+bounded size; the model goes on with the mixture of the k chosen ones, so its output stays what it would have been.
 """
 
 import contextlib
@@ -20,11 +20,15 @@ from moe_atlas.architectures import routers
 from moe_atlas.architectures.bank import ExpertBank
 from moe_atlas.errors import AtlasError
 
-# Bytes that evaluating all experts on one chunk of tokens may hold at a time.
-CHUNK_BYTES = 256 << 20
+# Bytes of the outputs of all experts on one chunk of tokens.
+OUTPUT_BYTES = 256 << 20
 # Tokens of a chunk: more at a time are no faster, and make the peak of memory higher.
 CHUNK_TOKENS = 1024
-Answer = tuple[torch.Tensor, torch.Tensor | None]  # outputs (N, T, d) of all experts, activation (N, T, m)
+# Bytes that a group of experts holds while it is evaluated. An expert's weights pass through the caches once a chunk;
+# what it computes should stay in them, and in blocks that the allocator hands out again (memory.py).
+GROUP_BYTES = 64 << 20
+ALL = slice(None)
+Answer = tuple[torch.Tensor, torch.Tensor | None]  # of g experts: outputs (g, T, d), activation (g, T, m)
 
 
 class Observer(Protocol):
@@ -32,6 +36,15 @@ class Observer(Protocol):
 
     def tokens(self) -> torch.Tensor:
         """Indices (n,) int64 of the call's tokens that are not padding, in token order."""
+
+    def ready(self, experts: slice) -> None:
+        """Return when the weights of these experts are there; asked before they are evaluated."""
+
+    def activation(self, tokens: torch.Tensor, experts: slice, activation: torch.Tensor) -> None:
+        """Take the activation (g, c, m) of g experts on c tokens: their act branch, before the product with up.
+
+        Every expert that has one gives it for all tokens of a chunk before the chunk is recorded.
+        """
 
     def record(
         self,
@@ -41,14 +54,12 @@ class Observer(Protocol):
         ids: torch.Tensor,
         weights: torch.Tensor,
         outputs: torch.Tensor,
-        activation: torch.Tensor | None,
     ) -> None:
         """Take one chunk of c tokens.
 
         tokens (c,) their indices; inputs (c, d) what the experts see; logits (c, N) float32 of the
         router, on what the router sees; ids (c, k) and weights (c, k) as the model applies them, an id
-        of N is an empty slot; outputs (N, c, d) of every expert, before the weight; activation (N, c, m)
-        of their act branch, before the product with up, or None for experts that have none.
+        of N is an empty slot; outputs (N, c, d) of every expert, before the weight.
         """
 
 
@@ -90,8 +101,8 @@ class ExpertSite(ABC):
         """The weights of the site as an ExpertBank."""
         raise AtlasError(f"the weights of {self.name} experts have no view of up, act and down.")
 
-    def answer(self, inputs: torch.Tensor) -> Answer:
-        """What all experts make of inputs (T, d): outputs before any weight, and the activation sigma(W_act x)."""
+    def answer(self, inputs: torch.Tensor, experts: slice = ALL) -> Answer:
+        """What experts make of inputs (T, d): outputs before any weight, and the activation sigma(W_act x)."""
         raise AtlasError(f"{self.name} experts do not answer to single tokens.")
 
     def evaluate(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -129,14 +140,14 @@ class ExpertSite(ABC):
         inputs: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        answer: Callable[[torch.Tensor], Answer],
-        numbers_per_token: int,
+        answer: Callable[[torch.Tensor, slice], Answer],
+        numbers: int,
         combine: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Evaluate all experts in token chunks, show them to the observer, return the mixture (T, d).
 
-        `answer(tokens)` gives what all experts make of the tokens at indices (c,). Padding gets zeros: nothing
-        attends to it.
+        `answer(tokens, experts)` gives what the experts make of the tokens at indices (c,), and holds `numbers`
+        for each expert and token meanwhile. Padding gets zeros: nothing attends to it.
         `combine(tokens)` gives the mixture (c, d) where it is not `mix` of the outputs.
         """
         # A router that is not called as a module of its own sees what the experts see.
@@ -145,12 +156,18 @@ class ExpertSite(ABC):
         self.own_logits = None if output is None else routers.logits_of(output, logits)
         self._call = None
         mixture = torch.zeros_like(inputs)
-        for tokens in _chunks(observer.tokens(), CHUNK_BYTES // (numbers_per_token * inputs.element_size())):
-            outputs, activation = answer(tokens)
+        size = inputs.element_size()
+        for tokens in _chunks(observer.tokens(), OUTPUT_BYTES // (self.num_experts * inputs.shape[1] * size)):
+            outputs = inputs.new_empty(self.num_experts, len(tokens), inputs.shape[1])
+            for experts, part in _groups(self.num_experts, len(tokens), GROUP_BYTES // (numbers * size)):
+                observer.ready(experts)
+                outputs[experts, part], activation = answer(tokens[part], experts)
+                if activation is not None:
+                    observer.activation(tokens[part], experts, activation)
             mixed = mix(outputs, ids[tokens], weights[tokens]) if combine is None else combine(tokens)
             mixture[tokens] = mixed.to(inputs.dtype)
             seen = inputs[tokens], logits[tokens], ids[tokens], weights[tokens]
-            observer.record(tokens, *seen, outputs, activation)
+            observer.record(tokens, *seen, outputs)
         return mixture
 
 
@@ -158,6 +175,14 @@ def _chunks(tokens: torch.Tensor, most: int) -> tuple[torch.Tensor, ...]:
     """The tokens in as few chunks of about equal size as hold at most so many, and CHUNK_TOKENS, each."""
     count = math.ceil(len(tokens) / max(1, min(CHUNK_TOKENS, most)))
     return tokens.tensor_split(count) if count > 1 else (tokens,)
+
+
+def _groups(experts: int, tokens: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of experts, and of the tokens of a chunk, that together are at most so many pairs of one and the other."""
+    width, height = max(1, most // max(1, tokens)), max(1, min(tokens, most))
+    for first in range(0, experts, width):
+        for start in range(0, tokens, height):
+            yield slice(first, min(first + width, experts)), slice(start, min(start + height, tokens))
 
 
 def mix(outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -170,6 +195,14 @@ def mix(outputs: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torc
     used = (ids < count).to(dtype) * weights.to(dtype)
     chosen = outputs[ids.clamp(max=count - 1), tokens[:, None]].to(dtype)
     return (chosen * used[..., None]).sum(1)
+
+
+def multiply(inputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Inputs (T, i) for all of g experts, or (g, T, i), times their weights (g, i, o): (g, T, o)."""
+    if len(weights) > 1:
+        return torch.matmul(inputs, weights)
+    # Of a stack of one, matmul would make a copy before the product.
+    return torch.mm(inputs.reshape(-1, inputs.shape[-1]), weights[0])[None]
 
 
 def find_sites(layer: nn.Module) -> list[ExpertSite]:
