@@ -129,5 +129,5 @@ def device(wildcards, resources):
 
 
 def model_threads(wildcards):
-    """Threads for a model's weights: one for a demo model, up to eight for any other."""
-    return 1 if model(wildcards).recipe else min(workflow.cores or 8, 8)
+    """Threads for a model's weights: one for a demo model, eight for any other, or as many as the machine has."""
+    return 1 if model(wildcards).recipe else 8
