@@ -2,6 +2,7 @@
 # make test    set up .venv and run the tests
 # make setup   set up .venv alone
 # make test-cluster   run a reduced demo on a real Slurm, which it starts and stops (root; apt-get install slurm-wlm munge)
+# make bench   measure time and memory beside other tools, about 20 minutes and 20 GB of disk; ARGS=--quick a minute
 # make lint    check the layout of the code and of the rules
 # make lock    resolve requirements.in again; writes requirements.txt and environment.yml
 #
@@ -36,7 +37,7 @@ LOCKED := .venv/locked-$(shell cksum < requirements.txt | tr ' ' '-')
 torch = $(1) -m pip install --no-deps $(if $(TORCH_INDEX),--retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX)) \
 	"$$(grep -o '^torch==[^ ]*' $(2))" || $(1) -m pip install --no-deps "$$(grep -o '^torch==[^ ]*' $(2))"
 
-.PHONY: atlas test test-cluster setup lint lock python
+.PHONY: atlas test test-cluster bench setup lint lock python
 
 atlas: setup
 	$(RUN) snakemake --cores $(CORES) $(ARGS)
@@ -52,6 +53,15 @@ test-cluster: setup $(CLUSTER)
 
 $(CLUSTER): requirements-cluster.txt
 	$(VENV_PYTHON) -m pip install --no-deps --target "$@" -r requirements-cluster.txt
+
+# What other tools need is beside .venv's own packages too.
+BENCH := $(CURDIR)/.venv/bench-$(shell cksum < requirements-bench.txt | tr ' ' '-')
+
+bench: setup $(BENCH)
+	PYTHONPATH="$(BENCH)" $(RUN) benchmarks.run $(ARGS)
+
+$(BENCH): requirements-bench.txt
+	$(VENV_PYTHON) -m pip install --no-deps --target "$@" -r requirements-bench.txt
 
 lint: setup
 	$(RUN) ruff check

@@ -1,132 +1,83 @@
 """Time contenders side by side on checkpoints with the true shapes of published models, and print ratios.
 
 Contenders take turns, so that a machine that slows down slows all of them. Cold: the files are dropped from the page
-cache before each run. Beside the times stand two floors of this machine, measured in the same run: the bytes over the
-disk's speed, and the operations over the speed of matrix products in the checkpoint's precision. transformers needs
-accelerate to leave layers on disk: pip install accelerate.
+cache before each run; warm: they are read into it. Beside the times stand two floors of this machine, measured in the
+same run (benchmarks/floors.py). One that fails is a row with its last words, and is not tried again in that case.
 """
 
 import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
-import time
+import dataclasses
+import shutil
 from pathlib import Path
 
 import polars as pl
-import synthetic
-import torch
-from contenders import CONTENDERS
 
-HERE = Path(__file__).resolve().parent
-EXTRACTION = ("extraction_atlas", "extraction_transformers_disk")
+from benchmarks import plan, plot, report, runner
+from benchmarks.plan import Case
+from benchmarks.shapes import SHAPES
+from moe_atlas.log import run
 
-
-def drop(directory: Path) -> None:
-    """Forget the files of a folder, so that the next reader goes to the disk."""
-    for path in directory.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+OVERRIDES = ("shape", "layers", "shrink", "tokens", "threads", "memory", "cold", "warm", "contenders")
 
 
-def disk_speed(directory: Path) -> float:
-    """Bytes a second of four readers of 16 MiB blocks on the largest file, cold."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    path, block = max(directory.iterdir(), key=lambda path: path.stat().st_size), 16 << 20
-    drop(directory)
-    descriptor, size = os.open(path, os.O_RDONLY), path.stat().st_size
-    began = time.perf_counter()
-    with ThreadPoolExecutor(4) as readers:
-        list(readers.map(lambda start: len(os.pread(descriptor, block, start)), range(0, size, block)))
-    os.close(descriptor)
-    return size / (time.perf_counter() - began)
-
-
-def matrix_speed(tokens: int, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> float:
-    """Operations a second of one product of `tokens` rows with a matrix of an expert's shape; the best of five."""
-    weight, rows = torch.randn(shape).to(dtype), torch.randn(tokens, shape[1]).to(dtype)
-    times = []
-    for _ in range(6):
-        began = time.perf_counter()
-        torch.nn.functional.linear(rows, weight)
-        times.append(time.perf_counter() - began)
-    return 2 * tokens * weight.numel() / min(times[1:])
+def chosen(arguments: argparse.Namespace) -> list[Case]:
+    """The cases of the plan that the command line asks for, as it changes them, each once."""
+    name = "full" if arguments.full else "quick" if arguments.quick else "default"
+    cases = [case for case in plan.PLANS[name] if not arguments.suite or case.suite in arguments.suite]
+    if arguments.shape:  # what the plan asks of other shapes does not hold there
+        cases = [dataclasses.replace(case, contenders=(), memory=0) for case in cases]
+    changed = {key: getattr(arguments, key) for key in OVERRIDES if getattr(arguments, key) is not None}
+    changed_cases = [dataclasses.replace(case, **changed) for case in cases]
+    # Cases that were told apart by what is changed are one now.
+    once = {(case.suite, case.checkpoint, case.tokens, case.threads): case for case in changed_cases}
+    return [case for case in once.values() if case.names(arguments.device)]
 
 
-def floors(shape: synthetic.Shape, directory: Path, total: int, tokens: int) -> dict[str, float]:
-    """Seconds that reading the layers, and all experts on all tokens, take at least."""
-    matrices = [torch.Size(size).numel() for size in shape.expert.values()]
-    operations = 2 * tokens * shape.layers * shape.experts * sum(matrices)
-    largest = max(shape.expert.values(), key=lambda size: size[0])
-    return {"disk": total / disk_speed(directory), "arithmetic": operations / matrix_speed(tokens, largest)}
-
-
-def measure(contender: str, directory: Path, options: list[str], cold: bool) -> dict:
-    """One run of a contender; an AtlasError or a crash is kept as its last line."""
-    if cold:
-        drop(directory)
-    command = [sys.executable, HERE / "contenders.py", contender, directory, *options]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
-    return json.loads(lines[-1]) if done.returncode == 0 else {"failed": lines[-1]}
-
-
-def main() -> None:
+def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", default="mixtral-8x7b", choices=synthetic.SHAPES)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--contenders", nargs="+", default=EXTRACTION, choices=CONTENDERS)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--memory", type=int, help="MiB that contenders may take, where they can be told")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warm", action="store_true", help="leave the files in the page cache")
+    parser.add_argument("--quick", action="store_true", help="small shapes, a minute or two: whether everything runs")
+    parser.add_argument("--full", action="store_true", help="the paper's method at Mixtral's shape too: hours")
+    parser.add_argument("--table", action="store_true", help="run nothing: print what is there as markdown")
+    names = sorted({name for of_suite in plan.SUITES.values() for name in of_suite})
+    parser.add_argument("--suite", nargs="+", choices=plan.SUITES, help="only these")
+    parser.add_argument("--contenders", nargs="+", choices=names, help="only these, by the name without the suite")
+    parser.add_argument("--shape", choices=SHAPES)
+    for option, meaning in {
+        "layers": "of the checkpoint",
+        "shrink": "divide every size of the shape by this",
+        "tokens": "of the extraction",
+        "threads": "of each contender (0: as many as torch takes)",
+        "memory": "MiB that contenders may take, where they can be told",
+        "cold": "runs with the files out of the page cache",
+        "warm": "runs with the files in it",
+    }.items():
+        parser.add_argument(f"--{option}", type=int, help=meaning)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: contenders that can, alone")
+    parser.add_argument("--timeout", type=float, default=7200, help="seconds after which a contender is stopped")
+    parser.add_argument("--keep", action="store_true", help="keep the checkpoints")
     parser.add_argument("--checkpoints", type=Path, default=Path("results/benchmarks/checkpoints"))
-    parser.add_argument("--output", type=Path, help="parquet file for the numbers")
-    arguments = parser.parse_args()
-
-    shape = synthetic.SHAPES[arguments.shape](arguments.layers)
-    directory = arguments.checkpoints / f"{arguments.shape}-{arguments.layers}"
-    total = synthetic.write(shape, directory)
-    options = ["--tokens", arguments.tokens, "--threads", torch.get_num_threads()]
-    options += ["--memory", arguments.memory] if arguments.memory else []
-    least, runs = floors(shape, directory, total, arguments.tokens), []
-    print(f"{directory.name}: {total / 1e9:.2f} GB; floors: " + ", ".join(f"{k} {v:.1f} s" for k, v in least.items()))
-    for repeat in range(arguments.repeats):
-        for contender in arguments.contenders:
-            found = measure(contender, directory, options, not arguments.warm)
-            print(f"  {repeat} {contender}: {found}", flush=True)
-            fixed = {"shape": arguments.shape, "layers": arguments.layers, "tokens": arguments.tokens, "repeat": repeat}
-            fixed |= {"contender": contender, "cold": not arguments.warm, "bytes": total}
-            runs.append(fixed | found | {f"floor_{name}": seconds for name, seconds in least.items()})
-    frame = pl.DataFrame(runs, infer_schema_length=None)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        frame.write_parquet(arguments.output)
-    summary(frame, least)
+    parser.add_argument("--output", type=Path, help="folder of tables and figure; results/benchmarks, or quick in it")
+    arguments = parser.parse_args(words)
+    arguments.contenders = tuple(arguments.contenders) if arguments.contenders else None
+    arguments.output = arguments.output or Path("results/benchmarks", *["quick"] * arguments.quick)
+    return arguments
 
 
-def summary(frame: pl.DataFrame, least: dict[str, float]) -> None:
-    """Medians, ratios to the first contender, and how far it is from the larger floor."""
-    if "seconds" not in frame.columns:
+def main(words: list[str] | None = None) -> None:
+    arguments = parse(words)
+    if arguments.table:
+        print(report.markdown(report.read(arguments.output)))
         return
-    first = frame["contender"][0]
-    medians = {
-        name: {column: statistics.median(part[column].drop_nulls()) for column in ("seconds", "peak_mib", "disk_read")}
-        for (name,), part in frame.drop_nulls("seconds").group_by("contender", maintain_order=True)
-    }
-    for name, found in medians.items():
-        ratio, over = (found["seconds"] / other for other in (medians[first]["seconds"], max(least.values())))
-        read = found["disk_read"] / frame["bytes"][0]
-        print(
-            f"{name}: {found['seconds']:.1f} s ({ratio:.2f} of {first}, {over:.2f} of the larger floor), "
-            f"{found['peak_mib']:,.0f} MiB, {read:.2f} of the bytes read"
-        )
+    cases, done = chosen(arguments), []
+    for number, case in enumerate(cases):
+        runner.check_room(case, arguments.checkpoints)
+        done.append(runner.run_case(case, arguments.checkpoints, arguments.device, arguments.timeout))
+        plan.merge(arguments.output / f"{case.suite}.parquet", done[-1])
+        if not arguments.keep and case.checkpoint not in {later.checkpoint for later in cases[number + 1 :]}:
+            shutil.rmtree(arguments.checkpoints / case.checkpoint)
+    plot.draw(report.read(arguments.output), arguments.output / "benchmarks.png")
+    print(report.markdown(pl.concat(done)))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
