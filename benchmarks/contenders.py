@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from benchmarks import extraction, weights
 from benchmarks.measured import Run
 from benchmarks.plan import SUITES
 from benchmarks.shapes import SHAPES
+from moe_atlas.errors import first_line
 
 CONTENDERS = {
     f"{suite}_{name}": getattr(extraction if suite in ("extraction", "reading") else weights, f"{suite}_{name}")
@@ -34,7 +37,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     shape = SHAPES[arguments.shape](arguments.layers, arguments.shrink)
     run = Run(arguments.directory, shape, arguments.tokens, arguments.memory, arguments.device)
-    CONTENDERS[arguments.contender](run)
+    try:
+        CONTENDERS[arguments.contender](run)
+    except Exception as error:  # whatever it is, its first sentence is what the tables say of it
+        traceback.print_exc()
+        sys.exit(f"{type(error).__name__}: {first_line(error)}")
     print(json.dumps(run.found))
 
 

@@ -103,7 +103,7 @@ def _pair(run: Run) -> tuple[torch.Tensor, torch.Tensor]:
 def _matched(order: np.ndarray, first: torch.Tensor, second: torch.Tensor) -> Values:
     """The sum of the matched cosines in float64."""
     pairs = functional.cosine_similarity(first.cpu().double(), second.cpu().double()[torch.from_numpy(order)])
-    return {"order": order, "sum": np.array(pairs.sum())}
+    return {"order": order, "sum": pairs.sum().numpy()}
 
 
 def matching_atlas(run: Run) -> Values:
