@@ -133,8 +133,10 @@ def matching_paper(run: Run) -> Values:
 
     first, second = _pair(run)
     with run.timed():
-        rows = [functional.cosine_similarity(neuron[None], second).double().cpu() for neuron in first]
-        order = linear_sum_assignment(torch.stack(rows).numpy(), maximize=True)[1]
+        cosines = torch.empty(len(first), len(second), dtype=torch.float64)
+        for row, neuron in zip(cosines, first, strict=True):
+            row.copy_(functional.cosine_similarity(neuron[None], second))
+        order = linear_sum_assignment(cosines.numpy(), maximize=True)[1]
     return _matched(order, first, second)
 
 

@@ -105,6 +105,7 @@ def test_direct_requirements_are_what_is_imported():
     files = [*ROOT.glob("scripts/**/*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("notebooks/*.ipynb")]
     local = {
         "moe_atlas",
+        "benchmarks",
         "",
         *(path.stem for folder in ("scripts", "tests") for path in ROOT.glob(f"{folder}/*.py")),
     } | set(sys.stdlib_module_names)
