@@ -72,6 +72,7 @@ def all_recorders(index: TextIndex, labels: list[str], experts: int, top_k: int)
         recorders.Documents(labels, experts, blocks, cpu),
         recorders.Importance(experts, blocks, cpu),
         recorders.Choices(index, experts, top_k),
+        recorders.Confidence(index, experts, top_k),
         ActivationHistogram(experts),
         CrossRanks(experts, cpu),
         recorders.Tokens(len(index)),

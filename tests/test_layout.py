@@ -27,6 +27,9 @@ ALLOWED = {
     "checkpoints": set(),
     "architectures": {"checkpoints"},
     "spill": set(),
+    "exact": set(),
+    "merge": {"exact"},
+    "parts": {"merge", "record"},
     "record": {"states"},
     "resume": {"sources"},
     "layerwise": {"architectures", "checkpoints", "stream"},
@@ -37,7 +40,7 @@ ALLOWED = {
     "recorders": {"accumulate", "choices", "chunk", "router_rule", "text_index"},
     "probe": {
         *("architectures", "budget", "checkpoints", "choices", "chunk", "cross_ranks"),
-        *("record", "recorders", "resume", "router_rule", "states", "stream", "text_index"),
+        *("merge", "record", "recorders", "resume", "router_rule", "states", "stream", "text_index"),
     },
     "extraction": {"behavioral", "checkpoints", "record", "tokens"},
     "cross_ranks": {"chunk"},

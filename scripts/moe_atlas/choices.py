@@ -32,12 +32,13 @@ def random_router(weight: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def choice_arrays(
-    ids: torch.Tensor, random_ids: torch.Tensor, index: TextIndex, experts: int
+    ids: torch.Tensor, random_ids: torch.Tensor, index: TextIndex, experts: int, seen: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """Counts of the choices of one layer, by their names in activations.safetensors.
 
     ids: (T, k) integers, best expert first, -1 an empty slot; random_ids: (T, k) of a random_router on the same
-    inputs; both in the order of `index`, which has B blocks. On the CPU, with int64 counts unless said otherwise:
+    inputs; both in the order of `index`, which has B blocks. seen: (T,) bool, whole sequences that are counted, by
+    default all; the counts of several such sets add up. On the CPU, with int64 counts unless said otherwise:
 
     choice_tokens (B,): tokens counted. choice_used (k + 1,): tokens by the number of experts they chose.
     choice_first, choice_any (B, N): tokens whose first choice, or any choice, an expert is.
@@ -57,9 +58,11 @@ def choice_arrays(
         raise ValueError(f"{shapes} up to {int(ids.max())} for {len(token)} tokens, {experts} experts")
     counted = position > 0
     linked = counted[:-1] & (sequence[1:] == sequence[:-1]) & (position[1:] == position[:-1] + 1)
-    followed = linked.nonzero()[:, 0]
-    rows = counted.nonzero()[:, 0]
-    types = {"input": _frequent(token[rows]), "next": _frequent(token[followed + 1])}
+    # The types are those of the whole text.
+    types = {"input": _frequent(token[counted]), "next": _frequent(token[1:][linked])}
+    seen = torch.ones_like(counted) if seen is None else seen
+    followed = (linked & seen[:-1]).nonzero()[:, 0]
+    rows = (counted & seen).nonzero()[:, 0]
     arrays = {
         "tokens": torch.bincount(block[rows], minlength=index.blocks),
         "used": torch.bincount((ids[rows] >= 0).sum(1), minlength=ids.shape[1] + 1),

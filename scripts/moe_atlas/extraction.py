@@ -13,7 +13,7 @@ from moe_atlas.behavioral.write import write_frames
 from moe_atlas.errors import AtlasError
 from moe_atlas.files import atomic_path
 from moe_atlas.log import say
-from moe_atlas.record import Record, Text
+from moe_atlas.record import Part, Record, Text
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Reader:
         self.tokenizer = tokens.load_tokenizer(directory)
         self._other = tokens.load_tokenizer(reference) if reference else None
 
-    def read(self, corpus: Corpus) -> Text:
-        """The corpus as token ids. AtlasError when it has none, or when the reference's tokens differ."""
+    def read(self, corpus: Corpus, part: Part | None = None) -> Text:
+        """The corpus, or a part of it, as token ids. AtlasError when it has none, or when the reference's differ."""
         table = pl.read_parquet(corpus.file)
         texts = table["text"].to_list()
         sequences = tokens.encode(self.tokenizer, texts)
@@ -53,7 +53,7 @@ class Reader:
             )
         say(f"{corpus.name}: {sum(map(len, sequences))} tokens in {len(sequences)} sequences")
         documents = table["document"].to_list() if "document" in table.columns else None
-        return Text(sequences, corpus.kind == "short", documents)
+        return Text(sequences, corpus.kind == "short", documents, part)
 
     def write(self, model: str, corpus: Corpus, text: Text, record: Record) -> None:
         """Write tokens.parquet, activations.safetensors and intermediate.safetensors of one corpus.

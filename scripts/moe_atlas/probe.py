@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from moe_atlas import recorders
+from moe_atlas import merge, recorders
 from moe_atlas.architectures.ffn import dense_ffn, ffn_activation
 from moe_atlas.architectures.sites import ExpertSite, find_sites
 from moe_atlas.budget import Budget
@@ -72,6 +72,13 @@ def make_batches(sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_T
     return batches
 
 
+def _batches_of(text: Text, batch_tokens: int) -> list[Batch]:
+    """The batches of a text or of a part. A part runs batches of the whole text: others would round differently."""
+    batches = make_batches(text.sequences, batch_tokens)
+    # They come by length, so that the parts take about the same time.
+    return batches if text.part is None else batches[text.part.number - 1 :: text.part.count]
+
+
 @dataclass(frozen=True)
 class DenseRun:
     """What the dense reference's FFN got and gave on its own hidden states, for one batch: (b * t, d) each."""
@@ -99,7 +106,9 @@ class SiteProbe:
         self.labels = [str(expert) for expert in range(self.site.num_experts)]
         self.labels += ["F"] * self.has_own + ["F_same_input"] * (self.reference is not None)
         self.labels += ["SE"] * (self.site.shared is not None)
-        self.recorders: list[Recorder] = []
+        self.recorders: list[Recorder] = []  # of all batches: what they keep does not depend on the order
+        self.of_batch: list[Recorder] = []  # of the current one: sums of float64 numbers
+        self.sums: dict[str, torch.Tensor] = {}  # of the batches before, as merge.joined has them
         self.histogram: ActivationHistogram | None = None
         self.states = States(len(self.index), self.site.num_experts) if self.keep_tokens else None
 
@@ -111,6 +120,7 @@ class SiteProbe:
 
     def start(self, batch: Batch, own: DenseRun | None) -> None:
         """What the following calls of the site belong to."""
+        self._end_batch()
         self.batch, self.own = batch, own
         self._row_of = torch.zeros(batch.ids.numel(), dtype=torch.int64)
         self._row_of[batch.tokens.cpu()] = batch.rows
@@ -128,27 +138,41 @@ class SiteProbe:
             own = ffn_activation(self.reference, self.own.inputs[tokens]) if asked else None
             self.states.add(self._row_of[tokens.cpu()], experts, activation, own)
 
-    def _begin(self, top_k: int, device: torch.device) -> None:
+    def _begin(self, top_k: int) -> None:
         """Make the recorders: how many experts a token may choose is known from the first call."""
-        experts, blocks, choice = self.site.num_experts, self.index.blocks, self.site.choice()
+        experts, choice = self.site.num_experts, self.site.choice()
         self.top_k = top_k
         self.random_router = random_router(self.site.router_weight, seed=self.layer).float()
         self.recorders = [
-            recorders.Ranks(experts, device),
             recorders.Rule(RouterRule(experts, choice.bias, choice.groups, choice.jitter)),
-            recorders.Load(experts, top_k),
-            recorders.Pairs(len(self.labels), blocks, device),
-            recorders.Documents(self.labels, experts, blocks, device),
-            recorders.Importance(experts, blocks, device),
             recorders.Choices(self.index, experts, top_k),
-            CrossRanks(experts, device),
         ]
         if self.keep_tokens:
             self.recorders.append(recorders.Tokens(len(self.index)))
 
+    def _begin_batch(self, device: torch.device) -> None:
+        experts, blocks = self.site.num_experts, self.index.blocks
+        self.of_batch = [
+            recorders.Ranks(experts, device),
+            recorders.Load(experts, self.top_k),
+            recorders.Pairs(len(self.labels), blocks, device),
+            recorders.Documents(self.labels, experts, blocks, device),
+            recorders.Importance(experts, blocks, device),
+            recorders.Confidence(self.index, experts, self.top_k),
+            CrossRanks(experts, device),
+        ]
+
+    def _end_batch(self) -> None:
+        """Add what the batch gave to what those before gave, exactly: the sums are the same in parts, too."""
+        for recorder in self.of_batch:
+            self.sums = merge.joined(self.sums, merge.opened(recorder.arrays()))
+        self.of_batch = []
+
     def record(self, tokens, inputs, logits, ids, weights, outputs) -> None:
         if not self.recorders:
-            self._begin(ids.shape[1], outputs.device)
+            self._begin(ids.shape[1])
+        if not self.of_batch:
+            self._begin_batch(outputs.device)
         compared = []
         if self.has_own:
             compared.append(self.own.outputs[tokens][None])
@@ -175,14 +199,16 @@ class SiteProbe:
             others=torch.cat([part.to(outputs.dtype) for part in compared]) if compared else None,
             active=None if self._inactive is None else 1 - self._inactive[tokens].to(torch.float64) / self._neurons,
         )
-        for recorder in self.recorders:
+        # Ranks are asked first.
+        for recorder in (*self.of_batch, *self.recorders):
             recorder.add(chunk)
 
     def arrays(self) -> dict[str, torch.Tensor]:
-        """All statistics by name, on the CPU."""
-        arrays: dict[str, torch.Tensor] = {}
+        """All statistics of the batches by name, on the CPU, as merge.joined has them."""
+        self._end_batch()
+        arrays = dict(self.sums)
         for recorder in self.recorders:
-            arrays |= recorder.arrays()
+            arrays |= merge.opened(recorder.arrays())
         if self.histogram is not None:
             arrays |= self.histogram.arrays()
         return {name: array.cpu().contiguous() for name, array in arrays.items()}
@@ -255,6 +281,9 @@ def extract_texts(
 ) -> list[Record]:
     """Run texts through a checkpoint in one pass over its layers and return what its experts did on each.
 
+    The record of a part of a text has expansions in the place of sums (see merge.py), and is empty where the text has
+    fewer batches than parts.
+
     reference: a dense checkpoint of the same width and tokenizer; its FFN of the same layer is compared
     as F (on its own hidden states) and F_same_input (on the MoE's inputs; A Closer Look, 5.1 has F only).
     spill_directory: where hidden states go that do not fit into memory (see stream.py). A dense model has no sites.
@@ -274,14 +303,17 @@ def extract_texts(
             f"{stream.config.hidden_size} of {checkpoint.directory}; name another dense_reference or none."
         )
     indices = [TextIndex.of(text.sequences, text.documents) for text in texts]
-    batches = [make_batches(text.sequences, batch_tokens) for text in texts]
+    batches = [_batches_of(text, batch_tokens) for text in texts]
     for batch in itertools.chain(*batches):
         batch.tokens = batch.tokens.to(device)
+    if not any(batches):
+        return [Record() for _ in texts]
     runs = {name: run for name, run in (("model", stream), ("dense", dense)) if run is not None}
     records, start = [Record() for _ in texts], 0
     if state is not None:
         precision = {"dtype": [str(run.model.dtype) for run in runs.values()], "device": stream.device.type}
-        start = state.open({"text": digest(texts), "batch size": batch_tokens} | precision)
+        parts = {"part": [str(text.part) for text in texts]}
+        start = state.open({"text": digest(texts), "batch size": batch_tokens} | parts | precision)
         for kept in state.records():
             _join(records, unpacked(*kept))
     ids = [batch.ids for batch in itertools.chain(*batches)]
@@ -295,11 +327,14 @@ def extract_texts(
         with stream.layer(index) as layer, dense.layer(index) if paired else contextlib.nullcontext() as dense_layer:
             first = 0
             for text, place, own, record in zip(texts, indices, batches, of_layer, strict=True):
+                if not own:
+                    continue
                 probes = [_probe(site, index, place, text, dense_layer) for site in find_sites(layer)]
                 _observe(stream, dense if paired else None, dense_layer, probes, own, first)
                 first += len(own)
                 for probe in probes:
-                    record.add(probe.description(), probe.arrays(), probe.states)
+                    arrays = probe.arrays() if text.part else merge.closed(probe.arrays())
+                    record.add(probe.description(), arrays, probe.states)
             on_layer(index, layer, dense_layer)
         _join(records, of_layer)
         if state is not None:

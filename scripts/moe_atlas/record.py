@@ -7,23 +7,40 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_atlas.errors import AtlasError
 from moe_atlas.states import States
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` parts that the batches of a long text are dealt to, one after another; `number` is from 1."""
+
+    number: int
+    count: int
+
+    def __post_init__(self):
+        if not 1 <= self.number <= self.count:
+            raise AtlasError(f"there is no part {self.number} of {self.count}; parts are numbered from 1.")
+
+    def __str__(self) -> str:
+        return f"{self.number} of {self.count}"
 
 
 @dataclass(frozen=True)
 class Text:
     """A corpus as token ids, special tokens included; keep_tokens keeps a row a token (short corpora).
 
-    documents: the document of each sequence, by default one for each.
+    documents: the document of each sequence, by default one for each. part: which batches are run, by default all.
     """
 
     sequences: Sequence[Sequence[int]]
     keep_tokens: bool
     documents: Sequence[int] | None = None
+    part: Part | None = None
 
 
 def digest(texts: Iterable[Text]) -> str:
-    """Changes with anything in the texts."""
+    """Changes with anything in the texts, whatever part of them is run."""
     found = hashlib.sha256()
     for text in texts:
         documents = None if text.documents is None else list(text.documents)

@@ -6,8 +6,8 @@ Sums are float64 and by block of documents where an interval over documents is w
 
 import torch
 
+from moe_atlas import choices
 from moe_atlas.accumulate import LoadCounts, PairSums, Sketch, count_ranks, histogram_bins, rank_agreement
-from moe_atlas.choices import Confidence, choice_arrays
 from moe_atlas.chunk import Chunk
 from moe_atlas.router_rule import RouterRule
 from moe_atlas.tables import DOCUMENT_MEASURES
@@ -185,17 +185,29 @@ class Choices:
 
     def __init__(self, index: TextIndex, experts: int, top_k: int):
         self.index, self.experts = index, experts
-        self.confidence = Confidence(index, experts, top_k)
+        self.seen = torch.zeros(len(index), dtype=torch.bool)
         self.ids, self.random_ids = (torch.full((len(index), top_k), -1, dtype=torch.int16) for _ in range(2))
 
     def add(self, chunk: Chunk) -> None:
-        self.confidence.add(chunk.logits, chunk.rows)
+        self.seen[chunk.rows] = True
         self.ids[chunk.rows] = chunk.ids.to("cpu", torch.int16)
         self.random_ids[chunk.rows] = chunk.random_ids.to("cpu", torch.int16)
 
     def arrays(self) -> Arrays:
-        counts = choice_arrays(self.ids, self.random_ids, self.index, self.experts)
-        return counts | self.confidence.arrays()
+        return choices.choice_arrays(self.ids, self.random_ids, self.index, self.experts, self.seen)
+
+
+class Confidence:
+    """How sure the router is, by block."""
+
+    def __init__(self, index: TextIndex, experts: int, top_k: int):
+        self.confidence = choices.Confidence(index, experts, top_k)
+
+    def add(self, chunk: Chunk) -> None:
+        self.confidence.add(chunk.logits, chunk.rows)
+
+    def arrays(self) -> Arrays:
+        return self.confidence.arrays()
 
 
 class Tokens:

@@ -86,6 +86,7 @@ class Corpus:
     rule: str
     start_at: str  # a line of the source, "" for its beginning
     max_sequences: int  # 0: all
+    parts: int  # jobs of one pass, above 1 for a long corpus only
     notes: str
 
     @property
@@ -333,6 +334,10 @@ def load_corpora(path: str | Path, names: Collection[str]) -> dict[str, Corpus]:
         _check_data_set(place, corpus)
         if scheme == "file" and not Path(locator).is_file():
             raise AtlasError(f"{column}: there is no file {locator}; write the path of a .txt or .parquet file.")
+        if corpus.parts > 1 and corpus.kind != "long":
+            raise AtlasError(
+                f"{place}, column parts: only a long corpus can be dealt to several jobs; write 1 or empty the cell."
+            )
         corpora[corpus.corpus] = corpus
     return corpora
 

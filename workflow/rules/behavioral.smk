@@ -4,6 +4,7 @@
 # Outputs   results/models/{model}/behavioral/{corpus}/{activations.safetensors,intermediate.safetensors,*.parquet}
 # Cost      one forward pass a corpus, every expert on every token, on the row's GPUs or on the CPU; seconds for the
 #           tables. The activations are sums that every table is made from, so that a new table needs no new pass.
+#           A long corpus with parts in its row is passed through in so many jobs (corpus_parts.smk).
 # State     with keep_state a pass keeps its finished layers in state/ beside its outputs, until these are written; not an
 #           output, so that Snakemake leaves it where it is when the job is killed
 rule extract_activations:
@@ -23,6 +24,7 @@ rule extract_activations:
         "results/benchmarks/extract_activations/{model}/{corpus}.tsv"
     wildcard_constraints:
         model=one_of(models_where(lambda row: row.keep)),
+        corpus=one_of(corpora_where(lambda row: row.parts == 1)),
     conda:
         "../envs/extraction.yaml"
     threads: model_threads
@@ -37,6 +39,7 @@ rule extract_activations:
         dtype=lambda wildcards: model(wildcards).dtype,
         dense=lambda wildcards: options("--dense-reference", dense_reference(wildcards)),
         device=device,
+        written=lambda wildcards, output: ["--tokens", output.tokens, "--intermediate", output.intermediate],
         state=state_options,
         method=METHODS["extract_activations"],
     shell:
@@ -45,7 +48,7 @@ rule extract_activations:
         python {input.code:q} --model {wildcards.model:q} --corpus {wildcards.corpus:q} --kind {params.kind:q} \
             --checkpoint {input.checkpoint:q} {params.dense:q} --corpus-file {input.corpus:q} --dtype {params.dtype:q} \
             --device {params.device:q} --memory {resources.mem_mb:q} --activations {output.activations:q} \
-            --tokens {output.tokens:q} --intermediate {output.intermediate:q} {params.state:q}
+            {params.written:q} {params.state:q}
         """
 
 

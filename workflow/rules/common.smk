@@ -33,7 +33,7 @@ METHODS = {
     "train_demo_checkpoint": 1,
     "describe_checkpoint": 2,
     "weight_statistics": 1,
-    "extract_activations": 4,
+    "extract_activations": 5,
 }
 
 

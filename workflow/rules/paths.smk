@@ -47,8 +47,14 @@ def dense_reference(wildcards):
 
 def state_options(wildcards, output):
     """--state of extract_activations.py, where killed runs are to go on. Like dense_allowed no reason to run again."""
-    folder = f"results/models/{wildcards.model}/behavioral/{wildcards.corpus}/state"
+    folder = str(PurePath(output.activations).parent / "state")
     return ["--state", folder] if CONFIG["keep_state"] else []
+
+
+def corpus_parts(wildcards):
+    """What the jobs that a pass over a corpus is dealt to write."""
+    folder, count = f"results/models/{wildcards.model}/behavioral/{wildcards.corpus}/parts", corpus(wildcards).parts
+    return [f"{folder}/{number}-of-{count}/activations.safetensors" for number in range(1, count + 1)]
 
 
 def start_recipe(wildcards):
