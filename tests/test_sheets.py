@@ -224,6 +224,23 @@ def test_a_faulty_row_of_a_data_set_is_refused_with_a_sentence(tmp_path, line, s
         corpora(tmp_path, line, header=DATA_SET)
 
 
+def test_a_long_corpus_may_be_dealt_to_several_jobs(tmp_path):
+    header = "corpus\tsource\tkind\tparts\n"
+    lines = ("c\tdemo:prose\tlong\t3", "d\tdemo:code\tlong\t", "e\tprompt:x\tshort\t1")
+    assert [corpus.parts for corpus in corpora(tmp_path, *lines, header=header).values()] == [3, 1, 1]
+    assert corpora(tmp_path, "c\tdemo:prose\tlong\t9")["c"].parts == 1
+    for line, sentence in (
+        (
+            "e\tprompt:x\tshort\t2",
+            r"line 2 \(e\), column parts: only a long corpus can be dealt to several jobs; write 1",
+        ),
+        ("c\tdemo:prose\tlong\t0", "column parts: 0 is below 1; write a number from 1"),
+        ("c\tdemo:prose\tlong\ttwo", "column parts: 'two' is not a whole number"),
+    ):
+        with pytest.raises(AtlasError, match=sentence):
+            corpora(tmp_path, line, header=header)
+
+
 def test_unreadable_sheets_are_refused_with_a_sentence(tmp_path):
     with pytest.raises(AtlasError, match=r"none.tsv: there is no such file; name the sheet in config/config.yaml"):
         load_models(tmp_path / "none.tsv", RECIPES)

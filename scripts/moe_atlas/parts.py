@@ -1,10 +1,10 @@
 """Parts of a long text on disk: what each of several jobs kept of its batches, and all of it as one job keeps it."""
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -33,32 +33,29 @@ def merge_parts(paths: Sequence[str | os.PathLike], run: Mapping[str, object]) -
     run: what they must be of; parts may say more of themselves, in which they must agree. Besides the result, one layer
     and site of one part is in memory at a time. Raises AtlasError when a part is missing, damaged or of another run.
     """
-    with contextlib.ExitStack() as stack:
-        parts = [(path, *_open(path, stack)) for path in paths]
-        _check(parts, run)
-        sites = next((about["layers"] for _, _, about in parts if about["layers"]), [])
-        whole = Record()
-        for site in sites:
-            prefix, total = f"layer_{site['layer']}.{site['site']}.", {}
-            for path, file, about in parts:
-                if not about["layers"]:
-                    continue
-                try:
-                    names = [name for name in sorted(file.keys()) if name.startswith(prefix)]
-                    found = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
-                    total = merge.joined(total, found)
-                except (SafetensorError, KeyError, RuntimeError) as error:
-                    raise AtlasError(f"{path}: its arrays {prefix}* cannot be used ({error}); {_MEND}.") from None
-            whole.add(site, merge.closed(total), None)
+    parts = [(path, _described(path)) for path in paths]
+    _check(parts, run)
+    sites = next((about["layers"] for _, about in parts if about["layers"]), [])
+    whole = Record()
+    for site in sites:
+        total: dict[str, torch.Tensor] = {}
+        for path in (path for path, about in parts if about["layers"]):
+            prefix = f"layer_{site['layer']}.{site['site']}."
+            try:
+                total = merge.joined(total, _arrays(path, prefix))
+            except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+                raise AtlasError(f"{path}: its arrays {prefix}* cannot be used ({error}); {_MEND}.") from None
+        whole.add(site, merge.closed(total), None)
     return whole
 
 
-def _open(path: str | os.PathLike, stack: contextlib.ExitStack) -> tuple[safe_open, dict]:
+def _described(path: str | os.PathLike) -> dict:
+    """What `write_part` wrote into the metadata."""
     try:
-        file = stack.enter_context(safe_open(path, framework="pt"))
-        about = json.loads(file.metadata()["atlas_part"])
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["atlas_part"])
         if about.keys() >= {"part", "parts", "run", "layers"}:
-            return file, about
+            return about
     except FileNotFoundError:
         raise AtlasError(f"{path}: there is no such file; run the extraction of this part.") from None
     except (SafetensorError, OSError, TypeError, KeyError, AttributeError, json.JSONDecodeError):
@@ -66,11 +63,19 @@ def _open(path: str | os.PathLike, stack: contextlib.ExitStack) -> tuple[safe_op
     raise AtlasError(f"{path}: this is not a whole file of a part of a corpus; {_MEND}.")
 
 
-def _check(parts: list[tuple[str | os.PathLike, safe_open, dict]], run: Mapping[str, object]) -> None:
+def _arrays(path: str | os.PathLike, prefix: str) -> dict[str, torch.Tensor]:
+    """The arrays whose names begin with `prefix`, by the rest of their names."""
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in sorted(file.keys()) if name.startswith(prefix)]
+        # What is loaded is mapped, and the pages of an open file count as memory: copies outlive the file, opened anew.
+        return {name.removeprefix(prefix): file.get_tensor(name).clone() for name in names}
+
+
+def _check(parts: list[tuple[str | os.PathLike, dict]], run: Mapping[str, object]) -> None:
     """AtlasError unless these are all parts of one text, each once, and of one run."""
-    first, _, known = parts[0]
-    known = known | {"layers": next((about["layers"] for _, _, about in parts if about["layers"]), [])}
-    for path, _, about in parts:
+    first, known = parts[0]
+    known = known | {"layers": next((about["layers"] for _, about in parts if about["layers"]), [])}
+    for path, about in parts:
         if other := [name for name in run if about["run"].get(name) != run[name]]:
             raise AtlasError(f"{path}: this part is of another {other[0]}; {_MEND}.")
         unlike = [name for name in {**known["run"], **about["run"]} if about["run"].get(name) != known["run"].get(name)]
@@ -80,8 +85,8 @@ def _check(parts: list[tuple[str | os.PathLike, safe_open, dict]], run: Mapping[
             raise AtlasError(
                 f"{path}: this part differs from {first} in its {unlike[0]}; delete both and run the extraction again."
             )
-    numbers = [about["part"] for _, _, about in parts]
-    for path, _, about in parts:
+    numbers = [about["part"] for _, about in parts]
+    for path, about in parts:
         if numbers.count(about["part"]) > 1:
             raise AtlasError(f"{path}: part {about['part']} is there twice; give each part once.")
     missing = [str(number) for number in range(1, known["parts"] + 1) if number not in numbers]
