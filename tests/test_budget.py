@@ -8,13 +8,17 @@ import families
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 
-from moe_atlas.budget import LATER, MIB, WORK, Budget, peak
+from moe_atlas.budget import LATER, MIB, WORK, Budget, Held, peak
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
+from moe_atlas.layer_weights import Stack
+from moe_atlas.probe import extract_texts
+from moe_atlas.record import Text
 from moe_atlas.stream import LayerStream
 
-LAYERS = [100 * MIB, 300 * MIB, 200 * MIB]
+LAYERS, EXPERTS = [100 * MIB, 300 * MIB, 200 * MIB], [60 * MIB, 50 * MIB, 10 * MIB]
 
 
 def fixed(outside: int) -> int:
@@ -22,24 +26,26 @@ def fixed(outside: int) -> int:
 
 
 @pytest.mark.parametrize("reserved", [0, 50 * MIB])
-def test_two_layers_one_layer_or_a_sentence(reserved):
+def test_two_layers_one_layer_two_experts_or_a_sentence(reserved):
     room = fixed(10 * MIB) + reserved
     slack = 8 * MIB  # peak() may rise between two calls
-    budgets = {size: Budget(room + size * MIB + slack, reserved) for size in (520, 480, 310, 280)}
-    assert budgets[520].reads_ahead(LAYERS, 10 * MIB, "m")  # 300 and 200 are the largest neighbours
-    assert not budgets[480].reads_ahead(LAYERS, 10 * MIB, "m")
-    assert not budgets[310].reads_ahead(LAYERS, 10 * MIB, "m")
-    with pytest.raises(AtlasError, match=r"m: a run of it holds .* MiB at least, 300 of them .*; raise mem_mb"):
-        budgets[280].reads_ahead(LAYERS, 10 * MIB, "m")
+    budgets = {size: Budget(room + size * MIB + slack, reserved) for size in (520, 480, 310, 280, 40)}
+    held = {size: budget.holds(LAYERS, EXPERTS, 10 * MIB, "m") for size, budget in budgets.items() if size > 200}
+    # 300 and 200 are the largest neighbours.
+    assert held == {520: Held.LAYERS, 480: Held.LAYER, 310: Held.LAYER, 280: Held.EXPERTS}
+    with pytest.raises(AtlasError, match=r"m: a run of it holds .* MiB at least, 60 of them .*; raise mem_mb"):
+        budgets[40].holds(LAYERS, EXPERTS, 10 * MIB, "m")
     assert budgets[310].less(30 * MIB).reserved == reserved + 30 * MIB
-    assert Budget().reads_ahead(LAYERS, 10 * MIB, "m")
+    assert Budget().holds(LAYERS, EXPERTS, 10 * MIB, "m") is Held.LAYERS
 
 
 def test_sizes_are_those_of_the_parameters(tmp_path):
     for family in ("mixtral", "deepseek", "jetmoe"):
         model = families.save(family, tmp_path / family)
         stream = LayerStream(Checkpoint(tmp_path / family))
-        layers, outside = stream.sizes()
+        layers, by_expert, outside = stream.sizes()
+        smaller = {few < whole for few, whole in zip(by_expert, layers, strict=True)}
+        assert smaller == {"mixtral": {True}, "deepseek": {False, True}, "jetmoe": {False}}[family]
         for size, layer in zip(layers, model.get_decoder().layers, strict=True):
             held = sum(parameter.nbytes for parameter in layer.parameters())
             # Besides stacked experts, what is read apart is there twice for a moment.
@@ -57,7 +63,7 @@ def test_without_read_ahead_the_outcome_is_the_same(tmp_path):
     outcomes = []
     for ahead in (True, False):
         stream = LayerStream(Checkpoint(tmp_path / "m"))
-        stream._reads_ahead = ahead
+        stream.held = Held.LAYERS if ahead else Held.LAYER
         stream.begin([ids])
         for index in range(len(stream)):
             with stream.layer(index):
@@ -97,3 +103,40 @@ run(main)
     kept = run(least + 20)
     assert kept.returncode == 0, kept.stderr
     assert json.loads(kept.stdout.splitlines()[-1]) <= least + 20
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek", "grok"])
+def test_one_expert_at_a_time_gives_the_same_statistics(tmp_path, family, monkeypatch):
+    """Two chunks of tokens, so that experts are read, given back and read again."""
+    families.save(family, tmp_path)
+    texts = [Text(families.token_ids([7, 12, 3]), keep_tokens=True)]
+    (whole,) = extract_texts(Checkpoint(tmp_path), texts)
+    checkpoint = Checkpoint(tmp_path)
+    monkeypatch.setattr(Budget, "holds", lambda *_sizes: Held.EXPERTS)
+    (one,) = extract_texts(checkpoint, texts)
+    assert whole.sites == one.sites
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(one.tensors[name], tensor, atol=2e-5, rtol=1e-5, msg=name)
+    once = checkpoint.bytes_read
+    monkeypatch.setattr("moe_atlas.architectures.sites.CHUNK_TOKENS", 11)
+    (two,) = extract_texts(checkpoint, texts)
+    assert checkpoint.bytes_read - once > 1.5 * once  # the experts twice, and the rest once
+    torch.testing.assert_close(two.tensors["layer_1.ffn.logits"], whole.tensors["layer_1.ffn.logits"])
+
+
+def test_pages_of_an_expert_are_given_back():
+    stack = Stack(torch.Size([3, 1 << 20]), torch.float32)
+    stack.tensor.fill_(1.0)
+    stack.drop(1)
+    assert [float(expert.mean()) for expert in stack.tensor] == [1.0, 0.0, 1.0]
+
+
+def test_an_expert_that_is_not_finite_ends_the_run_that_reads_it_late(tmp_path):
+    families.save("mixtral", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if ".experts.3." in name)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(AtlasError, match=rf"{name} holds NaN"):
+        extract_texts(Checkpoint(tmp_path), [Text(families.token_ids([5]), keep_tokens=True)])

@@ -30,7 +30,7 @@ def test_experts_are_in_memory_once(tmp_path):
     """What is handed to transformers is the memory that the model has in the end."""
     families.save("mixtral", tmp_path / "m")
     stream = LayerStream(Checkpoint(tmp_path / "m"))
-    tensors = stream._read_layer(0)
+    tensors = stream._reader.start(0).tensors()
     places = {tensor.data_ptr() for tensor in tensors.values()}
     stream._load(tensors, [stream.layers[0]])
     experts = {name: p for name, p in stream.layers[0].named_parameters() if ".experts." in name}

@@ -73,6 +73,7 @@ class Watcher:
     """An observer of a site that only counts the tokens it is shown."""
 
     seen = 0
+    at_once = 2
 
     def ready(self, experts: slice) -> None:
         pass

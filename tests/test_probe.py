@@ -28,7 +28,7 @@ def checkpoints(tmp_path_factory):
 @pytest.mark.parametrize("family", ["mixtral", "jetmoe"])
 def test_batching_and_chunks_do_not_change_the_result(checkpoints, family, monkeypatch):
     whole = extract(Checkpoint(checkpoints / family), SEQUENCES, keep_tokens=True)
-    monkeypatch.setattr("moe_atlas.architectures.sites.OUTPUT_BYTES", 4000)
+    monkeypatch.setattr("moe_atlas.architectures.sites.CHUNK_BYTES", 4000)
     monkeypatch.setattr("moe_atlas.architectures.sites.GROUP_BYTES", 12000)
     pieces = extract(Checkpoint(checkpoints / family), SEQUENCES, keep_tokens=True, batch_tokens=12)
     assert whole[0] == pieces[0]

@@ -3,6 +3,7 @@
 import resource
 import sys
 from dataclasses import dataclass
+from enum import Enum
 
 from moe_atlas.errors import AtlasError
 
@@ -19,6 +20,14 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class Held(Enum):
+    """What of the layers is in memory at a time."""
+
+    LAYERS = "a layer and the next one"
+    LAYER = "one layer"
+    EXPERTS = "two experts of a layer"
+
+
 @dataclass(frozen=True)
 class Budget:
     """What a run may hold. memory: bytes, None without a bound; reserved: bytes of what it keeps until its end."""
@@ -30,21 +39,21 @@ class Budget:
         """The same with so many bytes more kept for something else."""
         return Budget(self.memory, self.reserved + reserved)
 
-    def reads_ahead(self, layers: list[int], outside: int, what: str) -> bool:
-        """Whether the next layer may be read while one is at work. layers, outside: bytes of them in memory.
+    def holds(self, layers: list[int], by_expert: list[int], outside: int, what: str) -> Held:
+        """How much may be in memory at a time.
 
-        Raises AtlasError when not even one layer fits: it says what would do.
+        layers: bytes of each layer in memory; by_expert: the same with two of its experts; outside: of all the rest.
+        Raises AtlasError when not even two experts fit: it says what would do.
         """
         if self.memory is None:
-            return True
+            return Held.LAYERS
         fixed = peak() + LATER + WORK + outside + self.reserved
         both = max((first + second for first, second in zip(layers, layers[1:], strict=False)), default=0)
-        if fixed + both <= self.memory:
-            return True
-        least = fixed + max(layers, default=0)
-        if least <= self.memory:
-            return False
+        least = max(by_expert, default=0)
+        for held, size in ((Held.LAYERS, both), (Held.LAYER, max(layers, default=0)), (Held.EXPERTS, least)):
+            if fixed + size <= self.memory:
+                return held
         raise AtlasError(
-            f"{what}: a run of it holds {-(-least // MIB):,} MiB at least, {-(-max(layers) // MIB):,} of them for its "
-            f"largest layer, and may take {self.memory // MIB:,}; raise mem_mb in its row."
+            f"{what}: a run of it holds {-(-(fixed + least) // MIB):,} MiB at least, {-(-least // MIB):,} of them for "
+            f"its largest layer, and may take {self.memory // MIB:,}; raise mem_mb in its row."
         )

@@ -8,6 +8,7 @@ the result is described in results/README.md (activations.safetensors).
 import contextlib
 import itertools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -19,7 +20,7 @@ from torch.nn import functional
 from moe_atlas import merge, recorders
 from moe_atlas.architectures.ffn import dense_ffn, ffn_activation
 from moe_atlas.architectures.sites import ExpertSite, find_sites
-from moe_atlas.budget import Budget
+from moe_atlas.budget import Budget, Held
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.choices import random_router
 from moe_atlas.chunk import Chunk, Recorder
@@ -98,6 +99,7 @@ class SiteProbe:
     reference: nn.Module | None = None  # dense FFN for F_same_input
     has_own: bool = False  # whether the dense FFN's run on its own hidden states comes with each batch
     arrival: Callable[[slice], None] = lambda experts: None  # returns when the weights of these experts are there
+    at_once: int = sys.maxsize  # how many of them are there together
     labels: list[str] = field(init=False)
     batch: Batch | None = None
     own: DenseRun | None = None  # of the current batch
@@ -252,7 +254,7 @@ def _runs_of(module: nn.Module | None):
 
 
 class LayerObserver(Protocol):
-    """Who wants to see each layer while its weights are in memory."""
+    """Who wants to see each layer while its weights are in memory: all of them, or with a budget below a layer few."""
 
     def __call__(self, index: int, layer: nn.Module, dense_layer: nn.Module | None) -> None:
         """The decoder layer, and the dense reference's layer of the same index where there is one."""
@@ -287,14 +289,15 @@ def extract_texts(
     reference: a dense checkpoint of the same width and tokenizer; its FFN of the same layer is compared
     as F (on its own hidden states) and F_same_input (on the MoE's inputs; A Closer Look, 5.1 has F only).
     spill_directory: where hidden states go that do not fit into memory (see stream.py). A dense model has no sites.
-    budget: what the run may hold; the next layer is read while one is at work where that allows it.
+    budget: what the run may hold; the next layer is read while one is at work where that allows it, and where it does
+    not allow a layer, experts are read one by one, again for each chunk of tokens.
     state: where to keep what is known after each layer, and to go on from; layers that are done already are not read,
     and on_layer is not called for them. It must be of these checkpoints; the caller removes it when it has the records.
-    Raises AtlasError when the reference has another width, or when one layer does not fit into the budget.
+    Raises AtlasError when the reference has another width, or when two experts do not fit into the budget.
     """
     dense = LayerStream(reference, dtype, device, spill_directory) if reference is not None else None
     if dense is not None and budget.memory is not None:
-        layers, outside = dense.sizes()
+        layers, _, outside = dense.sizes()
         budget = budget.less(2 * max(layers) + outside)
     stream = LayerStream(checkpoint, dtype, device, spill_directory, budget)
     if dense is not None and dense.config.hidden_size != stream.config.hidden_size:
@@ -324,17 +327,24 @@ def extract_texts(
     for index in range(start, len(stream)):
         of_layer = [Record() for _ in texts]
         paired = dense is not None and index < len(dense)
-        with stream.layer(index) as layer, dense.layer(index) if paired else contextlib.nullcontext() as dense_layer:
+        with (
+            stream.layer(index, arriving=True) as layer,
+            dense.layer(index) if paired else contextlib.nullcontext() as dense_layer,
+        ):
             first = 0
             for text, place, own, record in zip(texts, indices, batches, of_layer, strict=True):
                 if not own:
                     continue
                 probes = [_probe(site, index, place, text, dense_layer) for site in find_sites(layer)]
+                for probe in probes:
+                    probe.arrival, probe.at_once = stream.wait_for, stream.at_once
                 _observe(stream, dense if paired else None, dense_layer, probes, own, first)
                 first += len(own)
                 for probe in probes:
                     arrays = probe.arrays() if text.part else merge.closed(probe.arrays())
                     record.add(probe.description(), arrays, probe.states)
+            if stream.held is not Held.EXPERTS:
+                stream.wait_for()
             on_layer(index, layer, dense_layer)
         _join(records, of_layer)
         if state is not None:

@@ -10,6 +10,7 @@ from moe_atlas.accumulate import HALF_OCTAVES, half_octave_edges, half_octaves
 
 _OCTAVES = 16  # of the histogram, below 0.001 and above it
 _PATTERNS = 1 << 15  # of a 16-bit float without its sign
+_AT_A_TIME = 1 << 20  # numbers
 
 
 def edges() -> torch.Tensor:
@@ -30,12 +31,12 @@ class ActivationHistogram:
     def add(self, experts: slice, activation: torch.Tensor) -> torch.Tensor:
         """Take the activation (g, c, m) of some experts; (c,) int64: how many of a token's neurons are at most 0.001.
 
-        One expert at a time: bins take as much memory as its activation, or twice as much.
+        Few tokens of one expert at a time, so that what is made of them stays in the caches.
         """
         inactive = torch.zeros(activation.shape[1], dtype=torch.int64, device=activation.device)
-        count = self._halves if activation.dtype.itemsize == 2 else self._bins
+        count, rows = self._halves if activation.dtype.itemsize == 2 else self._bins, _AT_A_TIME // activation.shape[2]
         for own, states in zip(self.counts[experts], activation, strict=True):
-            inactive += count(own, states)
+            inactive += torch.cat([count(own, some) for some in states.split(max(1, rows))])
         return inactive
 
     def _bins(self, counts: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,12 @@ rest of them lies in a file (spill.py).
 """
 
 import contextlib
+import math
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, MutableMapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -24,10 +25,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from moe_atlas import architectures
 from moe_atlas.architectures import internals, quantised
 from moe_atlas.architectures.config import read_config
-from moe_atlas.budget import Budget
+from moe_atlas.budget import Budget, Held
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError, first_line
-from moe_atlas.memory import return_large_blocks
+from moe_atlas.layer_weights import ALL, LayerReader, Reading
+from moe_atlas.memory import settle
 from moe_atlas.spill import MEMORY_BYTES, Interned, Spill
 
 UNBOUNDED = Budget()
@@ -116,7 +118,7 @@ class LayerStream:
         spill_directory: str | os.PathLike | None = None,
         budget: Budget = UNBOUNDED,
     ):
-        return_large_blocks()
+        settle()
         self.spill_directory = spill_directory
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.config = read_config(checkpoint.directory)
@@ -133,9 +135,10 @@ class LayerStream:
         for module in self._outside_the_layers():
             module.register_forward_pre_hook(lambda module, _args: self._fill(module))
         self._current = -1
-        self._ahead: tuple[int, Future] | None = None
-        self._reads_ahead = budget.memory is None or budget.reads_ahead(*self.sizes(), str(checkpoint.directory))
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
+        self.held = budget.holds(*self.sizes(), str(checkpoint.directory))
+        self._reader = LayerReader(checkpoint, self._names, self._fused, self.held is Held.EXPERTS)
+        self._reading: Reading | None = None
+        self._ahead: tuple[int, Reading] | None = None
         self._batches: list[_Batch] = []
 
     def __len__(self) -> int:
@@ -243,12 +246,13 @@ class LayerStream:
         )
 
     def _read_ahead(self, index: int) -> None:
-        self._ahead = None
-        if index < len(self) and self._reads_ahead:
-            self._ahead = index, self._pool.submit(self._read_layer, index)
+        if self._ahead is not None:
+            self._reader.finish(self._ahead[1])
+        ahead = index < len(self) and self.held is Held.LAYERS
+        self._ahead = (index, self._reader.start(index)) if ahead else None
 
-    def sizes(self) -> tuple[list[int], int]:
-        """Bytes that each layer takes in memory, and those of what lies outside the layers."""
+    def sizes(self) -> tuple[list[int], list[int], int]:
+        """Bytes that each layer takes in memory, whole and with two of its experts, and those of what lies outside."""
         tensors, stacked = self.checkpoint.tensors, {name for fused in self._fused.values() for name in fused.parts}
 
         def read(names: Iterable[str]) -> int:
@@ -261,40 +265,49 @@ class LayerStream:
             for index, layer in enumerate(self.layers)
         ]
         inside = {name for names in self._names.values() for name in names}
-        return layers, read(name for name in tensors if name not in inside)
+        outside = read(name for name in tensors if name not in inside)
+        return layers, self._by_expert(layers), outside
 
-    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
-        """A layer's tensors by name, its experts' already stacked as the model has them."""
-        names = set(self._names[index])
-        stacks = {target: fused for target, fused in self._fused.items() if names.issuperset(fused.parts)}
-        stacked = {target: torch.empty(fused.shape, dtype=fused.dtype) for target, fused in stacks.items()}
-        places = {
-            name: stacked[target][expert, first:last]
-            for target, fused in stacks.items()
-            for name, (expert, first, last) in fused.parts.items()
-        }
-        found = self.checkpoint.read_all(self._names[index], places)
-        return {name: tensor for name, tensor in found.items() if name not in places} | stacked
+    def _by_expert(self, layers: list[int]) -> list[int]:
+        """Bytes of each layer, and of its experts those of two; on a GPU a layer is there whole."""
+        sizes = list(layers)
+        for fused in self._fused.values() if self.device.type == "cpu" else ():
+            index = next(index for index, names in self._names.items() if next(iter(fused.parts)) in names)
+            sizes[index] -= math.prod(fused.shape[1:]) * max(0, fused.shape[0] - 2) * fused.dtype.itemsize
+        return sizes
 
     @contextlib.contextmanager
-    def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
-        """The decoder layer with its weights in memory; they are freed when the block ends.
+    def layer(self, index: int, following: int | None = None, arriving: bool = False) -> Iterator[nn.Module]:
+        """The decoder layer with its weights in memory, which are another layer's when the block has ended.
 
         While the block runs, the layer that will be asked for next is read: `following`, by default index + 1.
+        arriving: begin the block when all but the stacked experts is there; `wait_for` says when these are. So it is
+        anyway where only two experts are held at a time.
         """
         if self._ahead is not None and self._ahead[0] == index:
-            tensors = self._ahead[1].result()
+            reading, self._ahead = self._ahead[1], None
         else:
-            tensors = self._read_layer(index)
-        self._current = index
-        self._read_ahead(index + 1 if following is None else following)
-        layer = self.layers[index]
+            reading = self._reader.start(index)
+        layer, self._current, self._reading = self.layers[index], index, reading
         try:
-            self._load(tensors, [layer])
-            del tensors
+            self._read_ahead(index + 1 if following is None else following)
+            if self.held is not Held.EXPERTS and (not arriving or self.device.type != "cpu"):
+                reading.wait()
+            self._load(reading.tensors(), [layer])
             yield layer
         finally:
             _free(layer)
+            self._reading = None
+            self._reader.finish(reading)
+
+    def wait_for(self, experts: slice = ALL) -> None:
+        """Return when these experts of the layer in memory are there; `at_once` of them at most."""
+        self._reading.wait(experts)
+
+    @property
+    def at_once(self) -> int:
+        """How many experts of a layer are there together."""
+        return 1 if self.held is Held.EXPERTS else sys.maxsize
 
     @torch.no_grad()
     def step(self, batch: int) -> torch.Tensor:

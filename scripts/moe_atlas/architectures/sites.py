@@ -20,8 +20,8 @@ from moe_atlas.architectures import routers
 from moe_atlas.architectures.bank import ExpertBank
 from moe_atlas.errors import AtlasError
 
-# Bytes of the outputs of all experts on one chunk of tokens.
-OUTPUT_BYTES = 256 << 20
+# Bytes of one chunk of tokens: the outputs of all experts, and what is computed of their pairs.
+CHUNK_BYTES = 256 << 20
 # Tokens of a chunk: more at a time are no faster, and make the peak of memory higher.
 CHUNK_TOKENS = 1024
 # Bytes that a group of experts holds while it is evaluated. An expert's weights pass through the caches once a chunk;
@@ -32,7 +32,9 @@ Answer = tuple[torch.Tensor, torch.Tensor | None]  # of g experts: outputs (g, T
 
 
 class Observer(Protocol):
-    """Who looks at a site while the model runs."""
+    """Who looks at a site while the model runs. at_once: how many experts may be asked for at a time."""
+
+    at_once: int
 
     def tokens(self) -> torch.Tensor:
         """Indices (n,) int64 of the call's tokens that are not padding, in token order."""
@@ -157,9 +159,13 @@ class ExpertSite(ABC):
         self._call = None
         mixture = torch.zeros_like(inputs)
         size = inputs.element_size()
-        for tokens in _chunks(observer.tokens(), OUTPUT_BYTES // (self.num_experts * inputs.shape[1] * size)):
+        # A token's outputs, and half a dozen float64 matrices of their pairs.
+        token_bytes = self.num_experts * (inputs.shape[1] * size + 48 * self.num_experts)
+        for tokens in _chunks(observer.tokens(), CHUNK_BYTES // token_bytes):
             outputs = inputs.new_empty(self.num_experts, len(tokens), inputs.shape[1])
-            for experts, part in _groups(self.num_experts, len(tokens), GROUP_BYTES // (numbers * size)):
+            for experts, part in _groups(
+                self.num_experts, len(tokens), GROUP_BYTES // (numbers * size), observer.at_once
+            ):
                 observer.ready(experts)
                 outputs[experts, part], activation = answer(tokens[part], experts)
                 if activation is not None:
@@ -177,9 +183,9 @@ def _chunks(tokens: torch.Tensor, most: int) -> tuple[torch.Tensor, ...]:
     return tokens.tensor_split(count) if count > 1 else (tokens,)
 
 
-def _groups(experts: int, tokens: int, most: int) -> Iterator[tuple[slice, slice]]:
+def _groups(experts: int, tokens: int, most: int, widest: int) -> Iterator[tuple[slice, slice]]:
     """Ranges of experts, and of the tokens of a chunk, that together are at most so many pairs of one and the other."""
-    width, height = max(1, most // max(1, tokens)), max(1, min(tokens, most))
+    width, height = max(1, min(widest, most // max(1, tokens))), max(1, min(tokens, most))
     for first in range(0, experts, width):
         for start in range(0, tokens, height):
             yield slice(first, min(first + width, experts)), slice(start, min(start + height, tokens))

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from moe_atlas.checkpoints.bin_file import BinFile
-from moe_atlas.checkpoints.checkpoint import Checkpoint, main_dtype, open_file
+from moe_atlas.checkpoints.checkpoint import Came, Checkpoint, main_dtype, open_file
 from moe_atlas.checkpoints.safetensors_file import SafetensorsFile
 from moe_atlas.errors import AtlasError
 
@@ -75,7 +75,9 @@ class FetchedCheckpoint(Checkpoint):
                 self._group_of[name] = number
                 self._uses[self._shard_of[name]].add(number)
 
-    def read_all(self, names: Iterable[str], into: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def read_all(
+        self, names: Iterable[str], into: Mapping[str, torch.Tensor] | None = None, came: Came | None = None
+    ) -> dict[str, torch.Tensor]:
         names = list(names)
         wanted: dict[str, list[str]] = {}
         for name in names:
@@ -91,7 +93,7 @@ class FetchedCheckpoint(Checkpoint):
                         raise AtlasError(
                             f"{file.path}: the tensor {name} is missing; the index belongs to other shards."
                         )
-                found |= self._read_many([(file, name) for name in wanted[shard]], into or {})
+                found |= self._read_many([(file, name) for name in wanted[shard]], into or {}, came)
                 if self._next_use(shard, group) == math.inf:
                     self._delete(shard)
         return {name: found[name] for name in names}
