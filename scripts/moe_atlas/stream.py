@@ -6,7 +6,8 @@ tokens), once, if logits are wanted, to hand the last hidden states to the final
 between, layer after layer gets its tensors, sees all batches, and gives its memory back. What lies outside
 the layers is read when it is first called. So one pass reads each byte of the checkpoint once, in about the
 order of its files, and memory holds one layer, the one being read ahead, and hidden states up to a bound: the
-rest of them lies in a file (spill.py).
+rest of them lies in a file (spill.py). Where memory is short no layer is read ahead, or a layer's experts are read one
+by one (layer_weights.py).
 """
 
 import contextlib

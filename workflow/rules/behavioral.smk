@@ -30,6 +30,7 @@ rule extract_activations:
     threads: model_threads
     resources:
         mem_mb=memory,
+        kept_mb=kept_memory,
         runtime=lambda wildcards: model(wildcards).runtime,
         gpu=gpus,
         gres=gres,
@@ -47,7 +48,7 @@ rule extract_activations:
         exec >{log:q} 2>&1
         python {input.code:q} --model {wildcards.model:q} --corpus {wildcards.corpus:q} --kind {params.kind:q} \
             --checkpoint {input.checkpoint:q} {params.dense:q} --corpus-file {input.corpus:q} --dtype {params.dtype:q} \
-            --device {params.device:q} --memory {resources.mem_mb:q} --activations {output.activations:q} \
+            --device {params.device:q} --memory {resources.kept_mb:q} --activations {output.activations:q} \
             {params.written:q} {params.state:q}
         """
 

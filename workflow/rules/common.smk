@@ -98,6 +98,11 @@ def memory(wildcards, attempt):
     return model(wildcards).mem_mb * attempt
 
 
+def kept_memory(wildcards, attempt):
+    """What a pass through the model keeps to, in MB."""
+    return CONFIG["memory_mb"] or memory(wildcards, attempt)
+
+
 def gpus(wildcards):
     """GPUs of the model's row, where they are asked for by number. None asks for no GPU at all."""
     return None if CONFIG["gpu_gres"] else model(wildcards).gpus or None
