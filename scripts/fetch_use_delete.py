@@ -70,6 +70,7 @@ def main() -> None:
         device=device,
         spill_directory=arguments.shards,
         on_layer=use,
+        whole=True,
     )
     description = describe(
         arguments.model,

@@ -1,5 +1,6 @@
 """The promise of memory: kept, or refused before a layer is read."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from moe_atlas.budget import LATER, MIB, WORK, Budget, Held, peak
+from moe_atlas.budget import LATER, MIB, WORK, Budget, Held, Sizes, peak
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
 from moe_atlas.layer_weights import Stack
@@ -18,7 +19,7 @@ from moe_atlas.probe import extract_texts
 from moe_atlas.record import Text
 from moe_atlas.stream import LayerStream
 
-LAYERS, EXPERTS = [100 * MIB, 300 * MIB, 200 * MIB], [60 * MIB, 50 * MIB, 10 * MIB]
+SIZES = Sizes(500 * MIB, [100 * MIB, 300 * MIB, 200 * MIB], [60 * MIB, 50 * MIB, 10 * MIB], 10 * MIB)
 
 
 def fixed(outside: int) -> int:
@@ -30,27 +31,30 @@ def test_two_layers_one_layer_two_experts_or_a_sentence(reserved):
     room = fixed(10 * MIB) + reserved
     slack = 8 * MIB  # peak() may rise between two calls
     budgets = {size: Budget(room + size * MIB + slack, reserved) for size in (520, 480, 310, 280, 40)}
-    held = {size: budget.holds(LAYERS, EXPERTS, 10 * MIB, "m") for size, budget in budgets.items() if size > 200}
-    # 300 and 200 are the largest neighbours.
+    held = {size: budget.holds(SIZES, "m") for size, budget in budgets.items() if size > 200}
     assert held == {520: Held.LAYERS, 480: Held.LAYER, 310: Held.LAYER, 280: Held.EXPERTS}
     with pytest.raises(AtlasError, match=r"m: a run of it holds .* MiB at least, 60 of them .*; raise mem_mb"):
-        budgets[40].holds(LAYERS, EXPERTS, 10 * MIB, "m")
+        budgets[40].holds(SIZES, "m")
     assert budgets[310].less(30 * MIB).reserved == reserved + 30 * MIB
-    assert Budget().holds(LAYERS, EXPERTS, 10 * MIB, "m") is Held.LAYERS
+    assert Budget().holds(SIZES, "m") is Held.LAYERS
 
 
 def test_sizes_are_those_of_the_parameters(tmp_path):
     for family in ("mixtral", "deepseek", "jetmoe"):
         model = families.save(family, tmp_path / family)
-        stream = LayerStream(Checkpoint(tmp_path / family))
-        layers, by_expert, outside = stream.sizes()
-        smaller = {few < whole for few, whole in zip(by_expert, layers, strict=True)}
+        sizes = LayerStream(Checkpoint(tmp_path / family), whole=False).sizes()
+        smaller = {few < whole for few, whole in zip(sizes.by_expert, sizes.layers, strict=True)}
         assert smaller == {"mixtral": {True}, "deepseek": {False, True}, "jetmoe": {False}}[family]
-        for size, layer in zip(layers, model.get_decoder().layers, strict=True):
+        pairs = [first + second for first, second in itertools.pairwise(sizes.layers)]
+        whole = LayerStream(Checkpoint(tmp_path / family)).sizes()
+        assert whole.ahead == max(pairs) and whole.by_expert == whole.layers == sizes.layers
+        # Stacks of two layers are in memory once; before them deepseek has a dense layer.
+        assert max(sizes.layers) < sizes.ahead <= max(pairs) and (family == "jetmoe") == (sizes.ahead == max(pairs))
+        for size, layer in zip(sizes.layers, model.get_decoder().layers, strict=True):
             held = sum(parameter.nbytes for parameter in layer.parameters())
             # Besides stacked experts, what is read apart is there twice for a moment.
             assert held <= size <= 2 * held
-        assert outside == model.get_input_embeddings().weight.nbytes + sum(
+        assert sizes.outside == model.get_input_embeddings().weight.nbytes + sum(
             parameter.nbytes
             for name, parameter in model.named_parameters()
             if ".layers." not in name and parameter is not model.get_input_embeddings().weight
@@ -112,7 +116,7 @@ def test_one_expert_at_a_time_gives_the_same_statistics(tmp_path, family, monkey
     texts = [Text(families.token_ids([7, 12, 3]), keep_tokens=True)]
     (whole,) = extract_texts(Checkpoint(tmp_path), texts)
     checkpoint = Checkpoint(tmp_path)
-    monkeypatch.setattr(Budget, "holds", lambda *_sizes: Held.EXPERTS)
+    monkeypatch.setattr(Budget, "holds", lambda *_asked: Held.EXPERTS)
     (one,) = extract_texts(checkpoint, texts)
     assert whole.sites == one.sites
     for name, tensor in whole.tensors.items():

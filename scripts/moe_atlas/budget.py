@@ -1,9 +1,10 @@
 """A promise of memory: how much of a checkpoint may be held at a time, or a sentence before the work begins."""
 
+import contextlib
 import resource
-import sys
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from moe_atlas.errors import AtlasError
 
@@ -16,16 +17,30 @@ LATER = 96 * MIB
 
 def peak() -> int:
     """Largest resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    with contextlib.suppress(FileNotFoundError):
+        # getrusage tells of the program that has started this one, too, where that was larger.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
 class Held(Enum):
     """What of the layers is in memory at a time."""
 
-    LAYERS = "a layer and the next one"
+    LAYERS = "a layer and what has been read of the next one"
     LAYER = "one layer"
     EXPERTS = "two experts of a layer"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes in memory. ahead: of a layer while the next one is read, at most; layers: of each layer; by_expert: of each
+    layer with two of its experts; outside: of what is in no layer."""
+
+    ahead: int
+    layers: list[int]
+    by_expert: list[int]
+    outside: int
 
 
 @dataclass(frozen=True)
@@ -39,18 +54,13 @@ class Budget:
         """The same with so many bytes more kept for something else."""
         return Budget(self.memory, self.reserved + reserved)
 
-    def holds(self, layers: list[int], by_expert: list[int], outside: int, what: str) -> Held:
-        """How much may be in memory at a time.
-
-        layers: bytes of each layer in memory; by_expert: the same with two of its experts; outside: of all the rest.
-        Raises AtlasError when not even two experts fit: it says what would do.
-        """
+    def holds(self, sizes: Sizes, what: str) -> Held:
+        """How much may be in memory at a time; AtlasError when not even two experts fit: it says what would do."""
         if self.memory is None:
             return Held.LAYERS
-        fixed = peak() + LATER + WORK + outside + self.reserved
-        both = max((first + second for first, second in zip(layers, layers[1:], strict=False)), default=0)
-        least = max(by_expert, default=0)
-        for held, size in ((Held.LAYERS, both), (Held.LAYER, max(layers, default=0)), (Held.EXPERTS, least)):
+        fixed = peak() + LATER + WORK + sizes.outside + self.reserved
+        layer, least = (max(found, default=0) for found in (sizes.layers, sizes.by_expert))
+        for held, size in ((Held.LAYERS, sizes.ahead), (Held.LAYER, layer), (Held.EXPERTS, least)):
             if fixed + size <= self.memory:
                 return held
         raise AtlasError(

@@ -1,16 +1,17 @@
 """The weights of one decoder layer on their way into memory: expert by expert, into pages that are used again.
 
 A page that a program has not touched before costs the system more than filling it: a layer of 2.9 GB that lay in the
-page cache was read in 1.5 s into fresh pages and in 0.2 s into used ones. So the stacked experts of a layer are read
-into the memory of the layer before the last. The work on a layer begins when its other weights and the first expert are
-there. Where a layer does not fit into memory, only the expert at work and the one after it are held.
+page cache was read in 1.5 s into fresh pages and in 0.2 s into used ones. So an expert is read into the memory of the
+same expert of the layer before, as soon as that one is done with; or, where layers are wanted whole, of the layer
+before that. The work on a layer begins when its other weights and the first expert are there. Where a layer does not
+fit into memory, only the expert at work and the one after it are held.
 """
 
 import math
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -45,21 +46,33 @@ class Reading:
         self.stacks = dict(stacks)
         self.places = {name: stacks[target].tensor[expert, a:b] for name, (target, expert, a, b) in parts.items()}
         self.experts = max((len(stack.tensor) for stack in stacks.values()), default=0)
-        self._expert_of = {name: part[1] for name, part in parts.items()}
-        self._missing, self._to_come = Counter(self._expert_of.values()), set(rest)
+        self.expert_of = {name: part[1] for name, part in parts.items()}
+        self._missing, self._to_come = Counter(self.expert_of.values()), set(rest)
         self._rest: dict[str, torch.Tensor] = {}
         self._error: BaseException | None = None
         self._changed = threading.Condition()
+        self._done: set[int] = set()
+        self.successor: Reading | None = None  # the one that has taken over the stacks
 
     def came(self, name: str, tensor: torch.Tensor) -> None:
         """Take note of one tensor that has been read."""
         with self._changed:
-            if name in self._expert_of:
-                self._missing[self._expert_of[name]] -= 1
+            if name in self.expert_of:
+                self._missing[self.expert_of[name]] -= 1
             else:
                 self._rest[name] = tensor
                 self._to_come.discard(name)
             self._changed.notify_all()
+
+    def done(self, experts: slice = ALL) -> None:
+        """Nobody needs these experts any more: the next layer's may take their place."""
+        with self._changed:
+            self._done.update(range(self.experts)[experts])
+            self._changed.notify_all()
+
+    def wait_until_done(self, expert: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: expert in self._done)
 
     def failed(self, error: BaseException) -> None:
         with self._changed:
@@ -84,6 +97,24 @@ class Reading:
         self._wait_for(lambda: not any(self._missing[expert] for expert in wanted))
 
 
+class _PlacesOnceDone(Mapping[str, torch.Tensor]):
+    """Places of a reading that are another one's until it is done with them: who asks for one waits for that."""
+
+    def __init__(self, reading: Reading, before: Reading):
+        self._reading, self._before = reading, before
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        place = self._reading.places[name]
+        self._before.wait_until_done(self._reading.expert_of[name])
+        return place
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reading.places)
+
+    def __len__(self) -> int:
+        return len(self._reading.places)
+
+
 class _OneByOne(Reading):
     """A layer of which one expert is held, and the next one read. One expert is asked for at a time."""
 
@@ -93,7 +124,7 @@ class _OneByOne(Reading):
 
     def _read(self, expert: int) -> None:
         if expert < self.experts and expert not in self._held:
-            places = {name: place for name, place in self.places.items() if self._expert_of[name] == expert}
+            places = {name: place for name, place in self.places.items() if self.expert_of[name] == expert}
             self._held[expert] = self._pool.submit(self._checkpoint.read_all, list(places), places)
 
     def wait(self, experts: slice = ALL) -> None:
@@ -136,11 +167,18 @@ class LayerReader:
         self._free.clear()  # of layers of another shape
         return Stack(shape, dtype)
 
-    def start(self, index: int) -> Reading:
-        """Begin to read a layer, after what is being read already. `finish` must be called on what is returned."""
+    def start(self, index: int, over: Reading | None = None) -> Reading:
+        """Begin to read a layer, after what is being read already. `finish` must be called on what is returned.
+
+        over: read experts into its place as it is done with them, where they are of the same form.
+        """
         names = set(self._names[index])
         fused = {target: fused for target, fused in self._fused.items() if names.issuperset(fused.parts)}
-        stacks = {target: self._stack(own.shape, own.dtype) for target, own in fused.items()}
+        taken = list(over.stacks.values()) if over is not None and not self._one_by_one else []
+        forms = [(own.shape, own.dtype) for own in fused.values()]
+        if forms != [(stack.tensor.shape, stack.tensor.dtype) for stack in taken]:
+            taken = []
+        stacks = dict(zip(fused, taken or [self._stack(*form) for form in forms], strict=True))
         parts = {name: (target, *part) for target, own in fused.items() for name, part in own.parts.items()}
         rest = [name for name in self._names[index] if name not in parts]
         reading = (_OneByOne if self._one_by_one else Reading)(rest, stacks, parts)
@@ -149,20 +187,24 @@ class LayerReader:
             order = rest
         else:
             order = [*rest, *sorted(parts, key=lambda name: parts[name][1])]
-        self._futures[reading] = self._pool.submit(self._read, reading, order)
+        places = reading.places
+        if taken:
+            over.successor, places = reading, _PlacesOnceDone(reading, over)
+        self._futures[reading] = self._pool.submit(self._read, reading, order, places)
         return reading
 
-    def _read(self, reading: Reading, names: list[str]) -> None:
+    def _read(self, reading: Reading, names: list[str], places: Mapping[str, torch.Tensor]) -> None:
         try:
-            self._checkpoint.read_all(names, reading.places, reading.came)
+            self._checkpoint.read_all(names, places, reading.came)
         except BaseException as error:  # whoever waits gets it
             reading.failed(error)
 
     def finish(self, reading: Reading) -> None:
         """Nobody looks at the layer any more: its memory is read into again."""
+        reading.done()
         self._futures.pop(reading).result()
         if isinstance(reading, _OneByOne):
             for future in reading._held.values():
                 future.exception()
-        self._free += reading.stacks.values()
-        reading.places.clear()
+        if reading.successor is None:
+            self._free += reading.stacks.values()

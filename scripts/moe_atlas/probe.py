@@ -20,7 +20,7 @@ from torch.nn import functional
 from moe_atlas import merge, recorders
 from moe_atlas.architectures.ffn import dense_ffn, ffn_activation
 from moe_atlas.architectures.sites import ExpertSite, find_sites
-from moe_atlas.budget import Budget, Held
+from moe_atlas.budget import Budget
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.choices import random_router
 from moe_atlas.chunk import Chunk, Recorder
@@ -99,6 +99,7 @@ class SiteProbe:
     reference: nn.Module | None = None  # dense FFN for F_same_input
     has_own: bool = False  # whether the dense FFN's run on its own hidden states comes with each batch
     arrival: Callable[[slice], None] = lambda experts: None  # returns when the weights of these experts are there
+    release: Callable[[slice], None] = lambda experts: None  # is told that they are not needed by this call again
     at_once: int = sys.maxsize  # how many of them are there together
     labels: list[str] = field(init=False)
     batch: Batch | None = None
@@ -119,6 +120,9 @@ class SiteProbe:
 
     def ready(self, experts: slice) -> None:
         self.arrival(experts)
+
+    def done(self, experts: slice) -> None:
+        self.release(experts)
 
     def start(self, batch: Batch, own: DenseRun | None) -> None:
         """What the following calls of the site belong to."""
@@ -254,10 +258,13 @@ def _runs_of(module: nn.Module | None):
 
 
 class LayerObserver(Protocol):
-    """Who wants to see each layer while its weights are in memory: all of them, or with a budget below a layer few."""
+    """Who wants to see each layer while it is in memory."""
 
     def __call__(self, index: int, layer: nn.Module, dense_layer: nn.Module | None) -> None:
-        """The decoder layer, and the dense reference's layer of the same index where there is one."""
+        """The decoder layer, and the dense reference's layer of the same index where there is one.
+
+        Its experts' weights are those of the layer only where the run was asked for whole layers.
+        """
 
 
 def extract(
@@ -279,6 +286,7 @@ def extract_texts(
     spill_directory: str | os.PathLike | None = None,
     budget: Budget = UNBOUNDED,
     on_layer: LayerObserver = lambda index, layer, dense_layer: None,
+    whole: bool = False,
     state: SavedState | None = None,
 ) -> list[Record]:
     """Run texts through a checkpoint in one pass over its layers and return what its experts did on each.
@@ -291,15 +299,16 @@ def extract_texts(
     spill_directory: where hidden states go that do not fit into memory (see stream.py). A dense model has no sites.
     budget: what the run may hold; the next layer is read while one is at work where that allows it, and where it does
     not allow a layer, experts are read one by one, again for each chunk of tokens.
+    whole: keep all experts of a layer until on_layer has seen it; else the next layer's are read in their place.
     state: where to keep what is known after each layer, and to go on from; layers that are done already are not read,
     and on_layer is not called for them. It must be of these checkpoints; the caller removes it when it has the records.
     Raises AtlasError when the reference has another width, or when two experts do not fit into the budget.
     """
     dense = LayerStream(reference, dtype, device, spill_directory) if reference is not None else None
     if dense is not None and budget.memory is not None:
-        layers, _, outside = dense.sizes()
-        budget = budget.less(2 * max(layers) + outside)
-    stream = LayerStream(checkpoint, dtype, device, spill_directory, budget)
+        sizes = dense.sizes()
+        budget = budget.less(2 * max(sizes.layers) + sizes.outside)
+    stream = LayerStream(checkpoint, dtype, device, spill_directory, budget, whole)
     if dense is not None and dense.config.hidden_size != stream.config.hidden_size:
         raise AtlasError(
             f"{reference.directory}: hidden size {dense.config.hidden_size} differs from the "
@@ -328,7 +337,7 @@ def extract_texts(
         of_layer = [Record() for _ in texts]
         paired = dense is not None and index < len(dense)
         with (
-            stream.layer(index, arriving=True) as layer,
+            stream.layer(index) as layer,
             dense.layer(index) if paired else contextlib.nullcontext() as dense_layer,
         ):
             first = 0
@@ -337,14 +346,12 @@ def extract_texts(
                     continue
                 probes = [_probe(site, index, place, text, dense_layer) for site in find_sites(layer)]
                 for probe in probes:
-                    probe.arrival, probe.at_once = stream.wait_for, stream.at_once
+                    probe.arrival, probe.release, probe.at_once = stream.wait_for, stream.done_with, stream.at_once
                 _observe(stream, dense if paired else None, dense_layer, probes, own, first)
                 first += len(own)
                 for probe in probes:
                     arrays = probe.arrays() if text.part else merge.closed(probe.arrays())
                     record.add(probe.description(), arrays, probe.states)
-            if stream.held is not Held.EXPERTS:
-                stream.wait_for()
             on_layer(index, layer, dense_layer)
         _join(records, of_layer)
         if state is not None:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from moe_atlas import architectures
 from moe_atlas.architectures import internals, quantised
 from moe_atlas.architectures.config import read_config
-from moe_atlas.budget import Budget, Held
+from moe_atlas.budget import Budget, Held, Sizes
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError, first_line
 from moe_atlas.layer_weights import ALL, LayerReader, Reading
@@ -109,6 +109,8 @@ class LayerStream:
 
     Padding needs no mask: it comes after a row's tokens, and attention is causal. Hidden states (b, t, d) that
     do not fit into MEMORY_BYTES lie in a nameless file in `spill_directory`.
+    Without `whole` a layer's experts come late and go early: whoever uses them asks with `wait_for` before, and says
+    with `done_with` that the next layer's may take their place.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class LayerStream:
         device: str | torch.device = "cpu",
         spill_directory: str | os.PathLike | None = None,
         budget: Budget = UNBOUNDED,
+        whole: bool = True,
     ):
         settle()
         self.spill_directory = spill_directory
@@ -135,8 +138,9 @@ class LayerStream:
         checkpoint.expect([self._names[index] for index in range(len(self.layers))])
         for module in self._outside_the_layers():
             module.register_forward_pre_hook(lambda module, _args: self._fill(module))
-        self._current = -1
-        self.held = budget.holds(*self.sizes(), str(checkpoint.directory))
+        self._current, self._last = -1, False
+        self._whole = whole or self.device.type != "cpu"
+        self.held = budget.holds(self.sizes(), str(checkpoint.directory))
         self._reader = LayerReader(checkpoint, self._names, self._fused, self.held is Held.EXPERTS)
         self._reading: Reading | None = None
         self._ahead: tuple[int, Reading] | None = None
@@ -250,40 +254,38 @@ class LayerStream:
         if self._ahead is not None:
             self._reader.finish(self._ahead[1])
         ahead = index < len(self) and self.held is Held.LAYERS
-        self._ahead = (index, self._reader.start(index)) if ahead else None
+        over = None if self._whole else self._reading
+        self._ahead = (index, self._reader.start(index, over)) if ahead else None
 
-    def sizes(self) -> tuple[list[int], list[int], int]:
-        """Bytes that each layer takes in memory, whole and with two of its experts, and those of what lies outside."""
+    def sizes(self) -> Sizes:
+        """What the layers and the rest take in memory."""
         tensors, stacked = self.checkpoint.tensors, {name for fused in self._fused.values() for name in fused.parts}
 
         def read(names: Iterable[str]) -> int:
             return sum(tensors[name].stop - tensors[name].start for name in names)
 
         # What is not read where it belongs is there twice while transformers puts it there.
-        layers = [
-            sum(parameter.numel() * parameter.element_size() for parameter in layer.parameters())
-            + read(name for name in self._names[index] if name not in stacked)
-            for index, layer in enumerate(self.layers)
-        ]
+        twice = [read(name for name in self._names[index] if name not in stacked) for index in range(len(self))]
+        layers = [sum(own.nbytes for own in layer.parameters()) for layer in self.layers]
+        layers = [once + more for once, more in zip(layers, twice, strict=True)]
         inside = {name for names in self._names.values() for name in names}
         outside = read(name for name in tensors if name not in inside)
-        return layers, self._by_expert(layers), outside
-
-    def _by_expert(self, layers: list[int]) -> list[int]:
-        """Bytes of each layer, and of its experts those of two; on a GPU a layer is there whole."""
-        sizes = list(layers)
-        for fused in self._fused.values() if self.device.type == "cpu" else ():
+        stacks, by_expert = [0] * len(layers), list(layers)
+        for fused in () if self._whole else self._fused.values():
             index = next(index for index, names in self._names.items() if next(iter(fused.parts)) in names)
-            sizes[index] -= math.prod(fused.shape[1:]) * max(0, fused.shape[0] - 2) * fused.dtype.itemsize
-        return sizes
+            expert = math.prod(fused.shape[1:]) * fused.dtype.itemsize
+            stacks[index] += fused.shape[0] * expert
+            by_expert[index] -= max(0, fused.shape[0] - 2) * expert
+        # Of two layers with stacks of one size, these are in memory once.
+        pairs = zip(layers, layers[1:], stacks, stacks[1:], strict=False)
+        ahead = [one + two - (first if first == second else 0) for one, two, first, second in pairs]
+        return Sizes(max(ahead, default=0), layers, by_expert, outside)
 
     @contextlib.contextmanager
-    def layer(self, index: int, following: int | None = None, arriving: bool = False) -> Iterator[nn.Module]:
+    def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
         """The decoder layer with its weights in memory, which are another layer's when the block has ended.
 
         While the block runs, the layer that will be asked for next is read: `following`, by default index + 1.
-        arriving: begin the block when all but the stacked experts is there; `wait_for` says when these are. So it is
-        anyway where only two experts are held at a time.
         """
         if self._ahead is not None and self._ahead[0] == index:
             reading, self._ahead = self._ahead[1], None
@@ -292,7 +294,7 @@ class LayerStream:
         layer, self._current, self._reading = self.layers[index], index, reading
         try:
             self._read_ahead(index + 1 if following is None else following)
-            if self.held is not Held.EXPERTS and (not arriving or self.device.type != "cpu"):
+            if self._whole:
                 reading.wait()
             self._load(reading.tensors(), [layer])
             yield layer
@@ -305,6 +307,11 @@ class LayerStream:
         """Return when these experts of the layer in memory are there; `at_once` of them at most."""
         self._reading.wait(experts)
 
+    def done_with(self, experts: slice) -> None:
+        """This batch needs these experts no more; in the last batch that is the end of them."""
+        if self._last and not self._whole:
+            self._reading.done(experts)
+
     @property
     def at_once(self) -> int:
         """How many experts of a layer are there together."""
@@ -314,6 +321,7 @@ class LayerStream:
     def step(self, batch: int) -> torch.Tensor:
         """Send one batch through the layer in memory; hidden states (b, t, d) after it."""
         args, kwargs = self._batches[batch].calls[self._current]
+        self._last = batch == len(self._batches) - 1
         hidden = self.layers[self._current](self._hidden.get(batch), *args, **kwargs)
         if not isinstance(hidden, torch.Tensor):
             raise self._entangled()

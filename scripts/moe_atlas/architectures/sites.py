@@ -42,6 +42,9 @@ class Observer(Protocol):
     def ready(self, experts: slice) -> None:
         """Return when the weights of these experts are there; asked before they are evaluated."""
 
+    def done(self, experts: slice) -> None:
+        """Take note that this call of the site will not ask for these experts again."""
+
     def activation(self, tokens: torch.Tensor, experts: slice, activation: torch.Tensor) -> None:
         """Take the activation (g, c, m) of g experts on c tokens: their act branch, before the product with up.
 
@@ -161,7 +164,8 @@ class ExpertSite(ABC):
         size = inputs.element_size()
         # A token's outputs, and half a dozen float64 matrices of their pairs.
         token_bytes = self.num_experts * (inputs.shape[1] * size + 48 * self.num_experts)
-        for tokens in _chunks(observer.tokens(), CHUNK_BYTES // token_bytes):
+        chunks = _chunks(observer.tokens(), CHUNK_BYTES // token_bytes)
+        for tokens in chunks:
             outputs = inputs.new_empty(self.num_experts, len(tokens), inputs.shape[1])
             for experts, part in _groups(
                 self.num_experts, len(tokens), GROUP_BYTES // (numbers * size), observer.at_once
@@ -170,6 +174,8 @@ class ExpertSite(ABC):
                 outputs[experts, part], activation = answer(tokens[part], experts)
                 if activation is not None:
                     observer.activation(tokens[part], experts, activation)
+                if tokens is chunks[-1] and part.stop == len(tokens):
+                    observer.done(experts)
             mixed = mix(outputs, ids[tokens], weights[tokens]) if combine is None else combine(tokens)
             mixture[tokens] = mixed.to(inputs.dtype)
             seen = inputs[tokens], logits[tokens], ids[tokens], weights[tokens]
