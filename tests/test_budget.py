@@ -128,6 +128,12 @@ def test_one_expert_at_a_time_gives_the_same_statistics(tmp_path, family, monkey
     torch.testing.assert_close(two.tensors["layer_1.ffn.logits"], whole.tensors["layer_1.ffn.logits"])
 
 
+def test_a_model_of_one_layer_is_held_to_its_memory_too(tmp_path):
+    families.save("mixtral", tmp_path, num_hidden_layers=1)
+    sizes = LayerStream(Checkpoint(tmp_path), whole=False).sizes()
+    assert sizes.ahead == sizes.layers[0] > sizes.by_expert[0]
+
+
 def test_pages_of_an_expert_are_given_back():
     stack = Stack(torch.Size([3, 1 << 20]), torch.float32)
     stack.tensor.fill_(1.0)

@@ -5,9 +5,8 @@ out: once up to the last layer, to record what each layer is called with (masks,
 tokens), once, if logits are wanted, to hand the last hidden states to the final norm and the head. In
 between, layer after layer gets its tensors, sees all batches, and gives its memory back. What lies outside
 the layers is read when it is first called. So one pass reads each byte of the checkpoint once, in about the
-order of its files, and memory holds one layer, the one being read ahead, and hidden states up to a bound: the
-rest of them lies in a file (spill.py). Where memory is short no layer is read ahead, or a layer's experts are read one
-by one (layer_weights.py).
+order of its files, and memory holds one layer, the next one where it is read ahead (layer_weights.py), and hidden
+states up to a bound: the rest of them lies in a file (spill.py).
 """
 
 import contextlib
@@ -217,7 +216,7 @@ class LayerStream:
         self._batches = [_Batch(ids.to(self.device)) for ids in batches]
         self._hidden = Spill(self.spill_directory, MEMORY_BYTES.get(self.device.type, MEMORY_BYTES["cuda"]))
         interned = Interned()
-        # Some decoders look at the embeddings' weight before they call the module.
+        # Some decoders look at its weight before they call it.
         self._fill(self.model.get_input_embeddings())
         self._fill_decoder()
         for number, batch in enumerate(self._batches):
@@ -265,9 +264,9 @@ class LayerStream:
             return sum(tensors[name].stop - tensors[name].start for name in names)
 
         # What is not read where it belongs is there twice while transformers puts it there.
-        twice = [read(name for name in self._names[index] if name not in stacked) for index in range(len(self))]
-        layers = [sum(own.nbytes for own in layer.parameters()) for layer in self.layers]
-        layers = [once + more for once, more in zip(layers, twice, strict=True)]
+        apart = [read(name for name in self._names[index] if name not in stacked) for index in range(len(self))]
+        held = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in self.layers]
+        layers = [own + again for own, again in zip(held, apart, strict=True)]
         inside = {name for names in self._names.values() for name in names}
         outside = read(name for name in tensors if name not in inside)
         stacks, by_expert = [0] * len(layers), list(layers)
@@ -279,7 +278,7 @@ class LayerStream:
         # Of two layers with stacks of one size, these are in memory once.
         pairs = zip(layers, layers[1:], stacks, stacks[1:], strict=False)
         ahead = [one + two - (first if first == second else 0) for one, two, first, second in pairs]
-        return Sizes(max(ahead, default=0), layers, by_expert, outside)
+        return Sizes(max([*ahead, *layers]), layers, by_expert, outside)
 
     @contextlib.contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
