@@ -6,7 +6,7 @@ from pathlib import Path
 
 import polars as pl
 import seaborn
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks import report
 from moe_atlas.plotting import style
@@ -55,7 +55,10 @@ def _panel(axes, part: pl.DataFrame) -> None:
         axes.text(0.01, names.index(name), f"failed: {textwrap.shorten(said, 60)}", **place)
     axes.set(xscale="log", xlabel="seconds", ylabel="", ylim=(len(names) - 0.5, -0.5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda seconds, _place: f"{seconds:g}"))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()
+    axes.set_xlim(low / 1.2, high * 1.2)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.set_title(report.title(first), loc="left")
     handles, labels = axes.get_legend_handles_labels()

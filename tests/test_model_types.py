@@ -78,6 +78,9 @@ class Watcher:
     def ready(self, experts: slice) -> None:
         pass
 
+    def done(self, experts: slice) -> None:
+        pass
+
     def activation(self, tokens: torch.Tensor, experts: slice, activation: torch.Tensor) -> None:
         pass
 

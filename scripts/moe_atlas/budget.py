@@ -56,8 +56,6 @@ class Budget:
 
     def holds(self, sizes: Sizes, what: str) -> Held:
         """How much may be in memory at a time; AtlasError when not even two experts fit: it says what would do."""
-        if self.memory is None:
-            return Held.LAYERS
         fixed = peak() + LATER + WORK + sizes.outside + self.reserved
         layer, least = (max(found, default=0) for found in (sizes.layers, sizes.by_expert))
         for held, size in ((Held.LAYERS, sizes.ahead), (Held.LAYER, layer), (Held.EXPERTS, least)):

@@ -139,7 +139,7 @@ class LayerStream:
             module.register_forward_pre_hook(lambda module, _args: self._fill(module))
         self._current, self._last = -1, False
         self._whole = whole or self.device.type != "cpu"
-        self.held = budget.holds(self.sizes(), str(checkpoint.directory))
+        self.held = Held.LAYERS if budget.memory is None else budget.holds(self.sizes(), str(checkpoint.directory))
         self._reader = LayerReader(checkpoint, self._names, self._fused, self.held is Held.EXPERTS)
         self._reading: Reading | None = None
         self._ahead: tuple[int, Reading] | None = None
