@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from moe_atlas.budget import LATER, MIB, WORK, Budget, Held, Sizes, peak
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
-from moe_atlas.layer_weights import Stack
+from moe_atlas.layer_weights import LayerReader, Stack
 from moe_atlas.probe import extract_texts
 from moe_atlas.record import Text
 from moe_atlas.stream import LayerStream
@@ -138,6 +138,38 @@ def test_pages_of_an_expert_are_given_back():
     stack.tensor.fill_(1.0)
     stack.drop(1)
     assert [float(expert.mean()) for expert in stack.tensor] == [1.0, 0.0, 1.0]
+
+
+def test_two_experts_are_held_and_none_in_the_end(tmp_path):
+    """Matrices of whole pages, so that none of an expert's is kept for its neighbour."""
+    families.save("mixtral", tmp_path, hidden_size=64, intermediate_size=1024, num_local_experts=6)
+    stream = LayerStream(Checkpoint(tmp_path), whole=False)
+    reader = LayerReader(stream.checkpoint, stream._names, stream._fused, one_by_one=True)
+    for layer in (0, 1):  # the second in the memory of the first
+        reading = reader.start(layer)
+        stacks = [stack.tensor for stack in reading.stacks.values()]
+        assert len(stacks) == 2
+        for expert in range(6):
+            reading.wait(slice(expert, expert + 1))
+            filled = [{number for number in range(6) if bool(stack[number].any())} for stack in stacks]
+            assert all(expert in found and found <= {expert, expert + 1} for found in filled)
+        reader.finish(reading)
+        assert not any(bool(stack.any()) for stack in stacks)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek", "grok"])
+def test_reading_into_the_place_of_the_layer_at_work_changes_no_byte(tmp_path, family, monkeypatch):
+    """Two texts, several batches and chunks: an expert that went too early would be another layer's."""
+    families.save(family, tmp_path)
+    monkeypatch.setattr("moe_atlas.architectures.sites.CHUNK_TOKENS", 5)
+    texts = [
+        Text(families.token_ids([7, 12, 3]), keep_tokens=True),
+        Text(families.token_ids([9, 9]), keep_tokens=False),
+    ]
+    late, whole = (extract_texts(Checkpoint(tmp_path), texts, whole=whole, batch_tokens=12) for whole in (False, True))
+    for one, other in zip(late, whole, strict=True):
+        assert one.tensors.keys() == other.tensors.keys()
+        assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
 
 
 def test_an_expert_that_is_not_finite_ends_the_run_that_reads_it_late(tmp_path):

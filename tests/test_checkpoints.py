@@ -129,7 +129,7 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path, how, sentence):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
     tensor = torch.randn(50, 50).to(dtype)
     tensor[17, 3] = value
@@ -138,6 +138,12 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value, dtype):
     checkpoint.read("good")
     with pytest.raises(AtlasError, match=r"model\.safetensors: the tensor bad\.weight holds NaN or infinite"):
         checkpoint.read("bad.weight")
+
+
+def test_large_weights_are_not_taken_for_infinite_ones(tmp_path):
+    """Their sum is more than float16 holds."""
+    save_file({"large": torch.full((50, 50), 60_000.0, dtype=torch.float16)}, tmp_path / "model.safetensors")
+    assert Checkpoint(tmp_path).read("large").isfinite().all()
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -33,7 +33,7 @@ ALLOWED = {
     "record": {"states"},
     "resume": {"sources"},
     "layerwise": {"architectures", "checkpoints", "stream"},
-    "layer_weights": {"architectures", "checkpoints"},
+    "layer_weights": {"architectures", "budget", "checkpoints"},
     "stream": {"architectures", "budget", "checkpoints", "layer_weights", "spill"},
     "manifest": {"architectures", "checkpoints", "stream"},
     "chunk": {"accumulate"},

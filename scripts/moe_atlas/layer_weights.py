@@ -11,16 +11,17 @@ import math
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from moe_atlas.architectures.internals import Fused
+from moe_atlas.budget import Sizes
 from moe_atlas.checkpoints import Checkpoint
 
 ALL = slice(None)
-Part = tuple[str, int, int, int]  # parameter, expert, first row, one past the last row
+Place = tuple[str, int, int, int]  # parameter, expert, first row, one past the last row
 
 
 class Stack:
@@ -42,7 +43,7 @@ class Stack:
 class Reading:
     """A layer that is being read. stacks: where its stacked experts go; parts: the tensors of the file that do so."""
 
-    def __init__(self, rest: Iterable[str], stacks: Mapping[str, Stack], parts: Mapping[str, Part]):
+    def __init__(self, rest: Iterable[str], stacks: Mapping[str, Stack], parts: Mapping[str, Place]):
         self.stacks = dict(stacks)
         self.places = {name: stacks[target].tensor[expert, a:b] for name, (target, expert, a, b) in parts.items()}
         self.experts = max((len(stack.tensor) for stack in stacks.values()), default=0)
@@ -122,6 +123,16 @@ class _OneByOne(Reading):
         self._checkpoint, self._pool = checkpoint, pool
         self._held: dict[int, Future] = {}
 
+    def _drop(self, expert: int) -> None:
+        self._held.pop(expert).exception()  # of one that was read ahead; who asks for it gets it
+        for stack in self.stacks.values():
+            stack.drop(expert)
+
+    def end(self) -> None:
+        """Give back what is held."""
+        for expert in list(self._held):
+            self._drop(expert)
+
     def _read(self, expert: int) -> None:
         if expert < self.experts and expert not in self._held:
             places = {name: place for name, place in self.places.items() if self.expert_of[name] == expert}
@@ -132,9 +143,7 @@ class _OneByOne(Reading):
             return
         (expert,) = range(self.experts)[experts]
         for other in [held for held in self._held if held not in (expert, expert + 1)]:
-            self._held.pop(other).result()
-            for stack in self.stacks.values():
-                stack.drop(other)
+            self._drop(other)
         self._read(expert)
         self._held[expert].result()
         self._read(expert + 1)
@@ -204,7 +213,38 @@ class LayerReader:
         reading.done()
         self._futures.pop(reading).result()
         if isinstance(reading, _OneByOne):
-            for future in reading._held.values():
-                future.exception()
+            reading.end()
         if reading.successor is None:
             self._free += reading.stacks.values()
+
+
+def sizes(
+    checkpoint: Checkpoint,
+    names: Sequence[Sequence[str]],
+    held: Sequence[int],
+    fused: Mapping[str, Fused],
+    whole: bool,
+) -> Sizes:
+    """What a checkpoint's layers take in memory while they are read one after the other.
+
+    names: of each layer's tensors in the checkpoint; held: bytes of its parameters; whole: all of its experts are there
+    until its end, so that the next layer's cannot take their place.
+    """
+    tensors = checkpoint.tensors
+    layer_of = {name: index for index, own in enumerate(names) for name in own}
+    stacked = {name for own in fused.values() for name in own.parts}
+    layers, outside, stacks, by_two = list(held), 0, [0] * len(held), [0] * len(held)
+    for name, info in tensors.items():
+        if name not in layer_of:
+            outside += info.stop - info.start
+        elif name not in stacked:  # what is not read where it belongs is there twice while transformers puts it there
+            layers[layer_of[name]] += info.stop - info.start
+    for own in () if whole else fused.values():
+        index, expert = layer_of[next(iter(own.parts))], math.prod(own.shape[1:]) * own.dtype.itemsize
+        stacks[index] += own.shape[0] * expert
+        by_two[index] += min(2, own.shape[0]) * expert
+    by_expert = [layer - all_of + two for layer, all_of, two in zip(layers, stacks, by_two, strict=True)]
+    # Of two layers with stacks of one size, these are in memory once.
+    pairs = zip(layers, layers[1:], stacks, stacks[1:], strict=False)
+    ahead = [one + two - (first if first == second else 0) for one, two, first, second in pairs]
+    return Sizes(max([*ahead, *layers]), layers, by_expert, outside)

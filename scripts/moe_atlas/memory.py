@@ -4,10 +4,10 @@ import ctypes
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc, malloc.h
 _LARGE = 32 << 20  # the most that glibc takes
-_KEPT = 96 << 20
+_KEPT = 96 << 20  # of smaller blocks, at the end of the heap
 
 
-def settle() -> None:
+def tune_allocator() -> None:
     """Give every block of 32 MiB or more pages of its own, unmapped when it is freed; keep those of smaller blocks.
 
     By itself glibc raises its threshold for that to the size of the blocks it sees, after which the freed tensors of

@@ -8,8 +8,7 @@ the result is described in results/README.md (activations.safetensors).
 import contextlib
 import itertools
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,6 +25,7 @@ from moe_atlas.choices import random_router
 from moe_atlas.chunk import Chunk, Recorder
 from moe_atlas.cross_ranks import CrossRanks
 from moe_atlas.errors import AtlasError
+from moe_atlas.log import say
 from moe_atlas.record import Record, Text, digest, packed, unpacked
 from moe_atlas.resume import SavedState
 from moe_atlas.router_rule import RouterRule
@@ -95,12 +95,10 @@ class SiteProbe:
     site: ExpertSite
     layer: int
     index: TextIndex
+    stream: LayerStream  # through which the layer came
     keep_tokens: bool = False  # a row a token, for short texts
     reference: nn.Module | None = None  # dense FFN for F_same_input
     has_own: bool = False  # whether the dense FFN's run on its own hidden states comes with each batch
-    arrival: Callable[[slice], None] = lambda experts: None  # returns when the weights of these experts are there
-    release: Callable[[slice], None] = lambda experts: None  # is told that they are not needed by this call again
-    at_once: int = sys.maxsize  # how many of them are there together
     labels: list[str] = field(init=False)
     batch: Batch | None = None
     own: DenseRun | None = None  # of the current batch
@@ -109,6 +107,7 @@ class SiteProbe:
         self.labels = [str(expert) for expert in range(self.site.num_experts)]
         self.labels += ["F"] * self.has_own + ["F_same_input"] * (self.reference is not None)
         self.labels += ["SE"] * (self.site.shared is not None)
+        self.at_once = self.stream.at_once
         self.recorders: list[Recorder] = []  # of all batches: what they keep does not depend on the order
         self.of_batch: list[Recorder] = []  # of the current one: sums of float64 numbers
         self.sums: dict[str, torch.Tensor] = {}  # of the batches before, as merge.joined has them
@@ -119,10 +118,10 @@ class SiteProbe:
         return self.batch.tokens
 
     def ready(self, experts: slice) -> None:
-        self.arrival(experts)
+        self.stream.wait_for(experts)
 
     def done(self, experts: slice) -> None:
-        self.release(experts)
+        self.stream.done_with(experts)
 
     def start(self, batch: Batch, own: DenseRun | None) -> None:
         """What the following calls of the site belong to."""
@@ -314,6 +313,8 @@ def extract_texts(
             f"{reference.directory}: hidden size {dense.config.hidden_size} differs from the "
             f"{stream.config.hidden_size} of {checkpoint.directory}; name another dense_reference or none."
         )
+    if budget.memory is not None:
+        say(f"in memory at a time: {stream.held.value}")
     indices = [TextIndex.of(text.sequences, text.documents) for text in texts]
     batches = [_batches_of(text, batch_tokens) for text in texts]
     for batch in itertools.chain(*batches):
@@ -344,9 +345,7 @@ def extract_texts(
             for text, place, own, record in zip(texts, indices, batches, of_layer, strict=True):
                 if not own:
                     continue
-                probes = [_probe(site, index, place, text, dense_layer) for site in find_sites(layer)]
-                for probe in probes:
-                    probe.arrival, probe.release, probe.at_once = stream.wait_for, stream.done_with, stream.at_once
+                probes = [_probe(site, index, place, text, dense_layer, stream) for site in find_sites(layer)]
                 _observe(stream, dense if paired else None, dense_layer, probes, own, first)
                 first += len(own)
                 for probe in probes:
@@ -371,10 +370,12 @@ def _join(records: list[Record], others: list[Record]) -> None:
         record.join(other)
 
 
-def _probe(site: ExpertSite, layer: int, index: TextIndex, text: Text, dense_layer: nn.Module | None) -> SiteProbe:
+def _probe(
+    site: ExpertSite, layer: int, index: TextIndex, text: Text, dense_layer: nn.Module | None, stream: LayerStream
+) -> SiteProbe:
     """A probe of one site, which compares FFN experts with the FFN of the dense reference's layer, if there is one."""
     ffn = dense_ffn(dense_layer) if dense_layer is not None and site.name == "ffn" else None
-    return SiteProbe(site, layer, index, text.keep_tokens, ffn, has_own=ffn is not None)
+    return SiteProbe(site, layer, index, stream, text.keep_tokens, ffn, has_own=ffn is not None)
 
 
 def _observe(

@@ -10,12 +10,11 @@ states up to a bound: the rest of them lies in a file (spill.py).
 """
 
 import contextlib
-import math
 import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,8 +27,8 @@ from moe_atlas.architectures.config import read_config
 from moe_atlas.budget import Budget, Held, Sizes
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError, first_line
-from moe_atlas.layer_weights import ALL, LayerReader, Reading
-from moe_atlas.memory import settle
+from moe_atlas.layer_weights import ALL, LayerReader, Reading, sizes
+from moe_atlas.memory import tune_allocator
 from moe_atlas.spill import MEMORY_BYTES, Interned, Spill
 
 UNBOUNDED = Budget()
@@ -121,7 +120,7 @@ class LayerStream:
         budget: Budget = UNBOUNDED,
         whole: bool = True,
     ):
-        settle()
+        tune_allocator()
         self.spill_directory = spill_directory
         self.checkpoint, self.device = checkpoint, torch.device(device)
         self.config = read_config(checkpoint.directory)
@@ -216,7 +215,7 @@ class LayerStream:
         self._batches = [_Batch(ids.to(self.device)) for ids in batches]
         self._hidden = Spill(self.spill_directory, MEMORY_BYTES.get(self.device.type, MEMORY_BYTES["cuda"]))
         interned = Interned()
-        # Some decoders look at its weight before they call it.
+        # Some decoders look at the embeddings' weight before they call the module.
         self._fill(self.model.get_input_embeddings())
         self._fill_decoder()
         for number, batch in enumerate(self._batches):
@@ -258,27 +257,9 @@ class LayerStream:
 
     def sizes(self) -> Sizes:
         """What the layers and the rest take in memory."""
-        tensors, stacked = self.checkpoint.tensors, {name for fused in self._fused.values() for name in fused.parts}
-
-        def read(names: Iterable[str]) -> int:
-            return sum(tensors[name].stop - tensors[name].start for name in names)
-
-        # What is not read where it belongs is there twice while transformers puts it there.
-        apart = [read(name for name in self._names[index] if name not in stacked) for index in range(len(self))]
+        names = [self._names[index] for index in range(len(self))]
         held = [sum(parameter.nbytes for parameter in layer.parameters()) for layer in self.layers]
-        layers = [own + again for own, again in zip(held, apart, strict=True)]
-        inside = {name for names in self._names.values() for name in names}
-        outside = read(name for name in tensors if name not in inside)
-        stacks, by_expert = [0] * len(layers), list(layers)
-        for fused in () if self._whole else self._fused.values():
-            index = next(index for index, names in self._names.items() if next(iter(fused.parts)) in names)
-            expert = math.prod(fused.shape[1:]) * fused.dtype.itemsize
-            stacks[index] += fused.shape[0] * expert
-            by_expert[index] -= max(0, fused.shape[0] - 2) * expert
-        # Of two layers with stacks of one size, these are in memory once.
-        pairs = zip(layers, layers[1:], stacks, stacks[1:], strict=False)
-        ahead = [one + two - (first if first == second else 0) for one, two, first, second in pairs]
-        return Sizes(max([*ahead, *layers]), layers, by_expert, outside)
+        return sizes(self.checkpoint, names, held, self._fused, self._whole)
 
     @contextlib.contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:

@@ -1,6 +1,7 @@
 # The jobs that the statistics of a model's weights are dealt to: one, or one for each range of its layers and each share
-# of their pairs, and what they are told. Functions of the config, no rules. These two numbers name wildcards of our own: scattergather gives one
-# wildcard for one number, two of them cannot be in one path, and of one job it would be a part to gather as well.
+# of their pairs; and what they are told. Functions of the config, no rules. These two numbers name wildcards of our own:
+# scattergather gives one wildcard for one number, two of them cannot be in one path, and of one job it would be a part to
+# gather as well.
 from moe_atlas.parametric.gather import NAMES as MADE_TOGETHER
 
 PARTS = {"part": CONFIG["parts"], "matching_part": CONFIG["matching_parts"]}

@@ -32,11 +32,7 @@ class DbrxSite(ExpertSite):
         self, observer: Observer, hidden_states: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         inputs = hidden_states.reshape(-1, self.hidden)
-
-        def answer(tokens: torch.Tensor, experts: slice) -> Answer:
-            return self.answer(inputs[tokens], experts)
-
-        mixture = self._mixture(observer, inputs, ids, weights, answer, 4 * self.width + self.hidden)
+        mixture = self._mixture(observer, inputs, ids, weights, 4 * self.width + self.hidden)
         return mixture.view_as(hidden_states)
 
     @contextlib.contextmanager

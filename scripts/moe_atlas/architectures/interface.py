@@ -48,7 +48,7 @@ class InterfaceSite(ExpertSite):
         return (module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs), activation
 
     def _gated(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gate branch times up, and the gate branch alone, of both (N, T, 2m): each (N, T, m)."""
+        """The gate branch times up, and the gate branch alone, of both (g, T, 2m): each (g, T, m)."""
         experts = self.experts
         if self._has_plain_gate:
             gate, up = both.chunk(2, dim=-1)
@@ -68,10 +68,7 @@ class InterfaceSite(ExpertSite):
         numbers = self.hidden + (4 if self._has_plain_gate else 8) * self.width
 
         def experts_function(inputs, ids, weights):
-            def answer(tokens: torch.Tensor, experts: slice) -> Answer:
-                return self.answer(inputs[tokens], experts)
-
-            return self._mixture(observer, inputs, ids, weights, answer, numbers)
+            return self._mixture(observer, inputs, ids, weights, numbers)
 
         with internals.observing(self.experts, experts_function):
             yield

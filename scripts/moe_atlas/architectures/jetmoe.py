@@ -67,11 +67,7 @@ class JetMoeFFNSite(_JetMoeSite):
         inputs = layer_input.reshape(-1, layer_input.shape[-1])
         _, ids, weights = self.route(inputs)
         numbers = 2 * self.first.output_size + self.second.output_size
-
-        def answer(tokens: torch.Tensor, experts: slice) -> Answer:
-            return self.answer(inputs[tokens], experts)
-
-        mixture = self._mixture(observer, inputs, ids, weights, answer, numbers)
+        mixture = self._mixture(observer, inputs, ids, weights, numbers)
         return mixture.view_as(layer_input) + self.module.bias
 
     def bank(self) -> ExpertBank:
@@ -107,10 +103,10 @@ class JetMoeAttentionSite(_JetMoeSite):
         read = self.all_heads(hidden_states, **kwargs)
         numbers = self.first.output_size + self.second.output_size
 
-        def answer(tokens: torch.Tensor, experts: slice) -> Answer:
-            return self.second_maps(read[tokens][:, experts], experts), None
+        def answer(rows: torch.Tensor, experts: slice) -> Answer:
+            return self.second_maps(rows[:, experts], experts), None
 
-        mixture = self._mixture(observer, inputs, ids, weights, answer, numbers)
+        mixture = self._mixture(observer, inputs, ids, weights, numbers, answer, read)
         return mixture.view_as(hidden_states) + self.experts.bias, None, logits
 
 

@@ -62,9 +62,8 @@ class Llama4Site(ExpertSite):
             inputs,
             ids,
             weights,
-            lambda tokens, experts: self.answer(inputs[tokens], experts),
             4 * width + hidden,
-            lambda tokens: self.chosen(inputs[tokens], ids[tokens], weights[tokens]),
+            combine=lambda tokens: self.chosen(inputs[tokens], ids[tokens], weights[tokens]),
         )
         return self.shared(inputs) + mixture, logits
 

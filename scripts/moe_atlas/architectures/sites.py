@@ -145,16 +145,18 @@ class ExpertSite(ABC):
         inputs: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
-        answer: Callable[[torch.Tensor, slice], Answer],
         numbers: int,
+        answer: Callable[[torch.Tensor, slice], Answer] | None = None,
+        given: torch.Tensor | None = None,
         combine: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Evaluate all experts in token chunks, show them to the observer, return the mixture (T, d).
 
-        `answer(tokens, experts)` gives what the experts make of the tokens at indices (c,), and holds `numbers`
-        for each expert and token meanwhile. Padding gets zeros: nothing attends to it.
-        `combine(tokens)` gives the mixture (c, d) where it is not `mix` of the outputs.
+        `answer(rows, experts)` gives what experts make of some rows of `given` (T, ...), by default of the inputs, and
+        holds `numbers` for each expert and token meanwhile. Padding gets zeros: nothing attends to it.
+        `combine(tokens)` gives the mixture (c, d) of the tokens at indices (c,) where it is not `mix` of the outputs.
         """
+        answer, given = answer or self.answer, inputs if given is None else given
         # A router that is not called as a module of its own sees what the experts see.
         self.routed, output = (inputs, None) if self._call is None else self._call
         logits = self.logits(self.routed)
@@ -166,12 +168,12 @@ class ExpertSite(ABC):
         token_bytes = self.num_experts * (inputs.shape[1] * size + 48 * self.num_experts)
         chunks = _chunks(observer.tokens(), CHUNK_BYTES // token_bytes)
         for tokens in chunks:
-            outputs = inputs.new_empty(self.num_experts, len(tokens), inputs.shape[1])
+            outputs, rows = inputs.new_empty(self.num_experts, len(tokens), inputs.shape[1]), given[tokens]
             for experts, part in _groups(
                 self.num_experts, len(tokens), GROUP_BYTES // (numbers * size), observer.at_once
             ):
                 observer.ready(experts)
-                outputs[experts, part], activation = answer(tokens[part], experts)
+                outputs[experts, part], activation = answer(rows[part], experts)
                 if activation is not None:
                     observer.activation(tokens[part], experts, activation)
                 if tokens is chunks[-1] and part.stop == len(tokens):
