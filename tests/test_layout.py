@@ -26,6 +26,7 @@ ALLOWED = {
     "tokens": set(),
     "checkpoints": set(),
     "architectures": {"checkpoints"},
+    "emoe": {"architectures"},
     "spill": set(),
     "exact": set(),
     "merge": {"exact"},
