@@ -1,4 +1,5 @@
 # make atlas   set up .venv and run the workflow of config/config.yaml
+# make emoe    the same for the fine-tuning of EMoE, config/emoe.yaml: about 20 minutes, not part of make atlas
 # make test    set up .venv and run the tests
 # make setup   set up .venv alone
 # make test-cluster   run a reduced demo on a real Slurm, which it starts and stops (root; apt-get install slurm-wlm munge)
@@ -37,10 +38,13 @@ LOCKED := .venv/locked-$(shell cksum < requirements.txt | tr ' ' '-')
 torch = $(1) -m pip install --no-deps $(if $(TORCH_INDEX),--retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX)) \
 	"$$(grep -o '^torch==[^ ]*' $(2))" || $(1) -m pip install --no-deps "$$(grep -o '^torch==[^ ]*' $(2))"
 
-.PHONY: atlas test test-cluster bench setup lint lock python
+.PHONY: atlas emoe test test-cluster bench setup lint lock python
 
 atlas: setup
 	$(RUN) snakemake --cores $(CORES) $(ARGS)
+
+emoe: setup
+	$(RUN) snakemake --cores $(CORES) $(ARGS) emoe
 
 test: setup
 	$(RUN) pytest --numprocesses 2 --dist loadfile $(ARGS)

@@ -53,6 +53,7 @@ ALLOWED = {
     "parametric": {"architectures", "parallel"},
     "behavioral": set(),
     "training": {"architectures", "corpora"},
+    "tuning": {"claims", "corpora", "emoe", "hub", "sheets", "tokens", "training"},
     "plotting": {"pages", "parametric"},
     "pages": set(),
     "index": {"pages", "plotting"},
@@ -100,7 +101,11 @@ def test_rules_know_no_model_and_no_family_by_name():
 
 
 @pytest.mark.parametrize(
-    "module", ["sheets", "corpora", "tables", "behavioral.tables", "plotting.registry", "training.recipes"]
+    "module",
+    [
+        *("sheets", "corpora", "tables", "behavioral.tables", "plotting.registry", "training.recipes"),
+        *("tuning.settings", "tuning.tasks", "tuning.arms"),
+    ],
 )
 def test_light_modules_do_not_load_torch(module):
     code = f"import sys; import moe_atlas.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"

@@ -34,6 +34,8 @@ METHODS = {
     "describe_checkpoint": 2,
     "weight_statistics": 1,
     "extract_activations": 5,
+    "train_demo_encoder": 1,
+    "tune_emoe": 1,
 }
 
 

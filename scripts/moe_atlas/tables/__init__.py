@@ -16,6 +16,7 @@ from moe_atlas.tables.across import ACROSS
 from moe_atlas.tables.behavioral import BEHAVIORAL, DOCUMENT_MEASURES, GROUPINGS, SCORES
 from moe_atlas.tables.columns import Table
 from moe_atlas.tables.parametric import PARAMETRIC
+from moe_atlas.tables.tuning import TUNING
 
 __all__ = [
     "ACROSS",
@@ -23,6 +24,7 @@ __all__ = [
     "GROUPINGS",
     "SCORES",
     "TABLES",
+    "TUNING",
     "Table",
     "conform",
     "declared",
@@ -36,8 +38,8 @@ TABLES: dict[str, Table] = PARAMETRIC | BEHAVIORAL
 
 
 def declared(name: str) -> Table:
-    """The table of this name, of one model or across models."""
-    return TABLES[name] if name in TABLES else ACROSS[name]
+    """The table of this name, of one model, across models or of fine-tuning."""
+    return (TABLES | ACROSS | TUNING)[name]
 
 
 def conform(name: str, frame: pl.DataFrame) -> pl.DataFrame:

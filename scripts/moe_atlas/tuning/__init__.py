@@ -1,0 +1,1 @@
+"""Fine-tuning of dense models and of what EMoE makes of them, compared seed by seed."""

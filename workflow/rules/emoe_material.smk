@@ -1,0 +1,60 @@
+# What EMoE's fine-tuning needs: the small encoder, pre-trained, and the examples of the tasks.
+#
+# Inputs    the texts that CPython brings along, or the file of a task that names data sets
+# Outputs   results/checkpoints/demo-bert/training.json, the weights beside it; results/emoe/tasks/{task}.parquet
+# Cost      a minute; of data sets their download; no GPU
+rule train_demo_encoder:
+    """Pre-train the small BERT. The weights lie beside the declared file, so that a failure never deletes them."""
+    input:
+        code=ancient("scripts/train_demo_encoder.py"),
+    output:
+        "results/checkpoints/demo-bert/training.json",
+    log:
+        "results/logs/train_demo_encoder.log",
+    benchmark:
+        "results/benchmarks/train_demo_encoder.tsv"
+    conda:
+        "../envs/tuning.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=30,
+    params:
+        steps_factor=CONFIG["demo_steps_factor"],
+        seed=CONFIG["seed"],
+        method=METHODS["train_demo_encoder"],
+    shell:
+        """
+        exec >{log:q} 2>&1
+        python {input.code:q} --steps-factor {params.steps_factor:q} --seed {params.seed:q} --output {output:q}
+        """
+
+
+rule prepare_task:
+    """Make the examples of a task."""
+    input:
+        code=code("scripts/prepare_task.py"),
+        file=lambda wildcards: [
+            part for part in [TUNINGS.tasks[wildcards.task]["source"].partition("data:")[2]] if part
+        ],
+    output:
+        "results/emoe/tasks/{task}.parquet",
+    log:
+        "results/logs/prepare_task/{task}.log",
+    benchmark:
+        "results/benchmarks/prepare_task/{task}.tsv"
+    wildcard_constraints:
+        task=one_of(TUNINGS.tasks),
+    conda:
+        "../envs/tuning.yaml"
+    threads: 1
+    resources:
+        mem_mb=3000,
+        runtime=4 * 60,
+    params:
+        source=lambda wildcards: TUNINGS.tasks[wildcards.task]["source"],
+    shell:
+        """
+        exec >{log:q} 2>&1
+        python {input.code[0]:q} --task {wildcards.task:q} --source {params.source:q} --output {output:q}
+        """

@@ -1,0 +1,108 @@
+# EMoE's fine-tuning: dense models are tuned in many arms on small tasks and compared seed by seed. Not part of `all`:
+# `snakemake emoe`, or make emoe.
+#
+# Inputs    the settings that the config names, config/emoe.yaml; pre-trained models; tasks
+# Outputs   results/emoe/, results/tables/emoe_{runs,differences,training_selection}.{parquet,csv}
+# Cost      about 20 minutes on two cores with the shipped settings; no GPU, no network
+from moe_atlas.tables import TUNING
+from moe_atlas.tuning.settings import load_settings
+
+try:
+    TUNINGS = load_settings(CONFIG["emoe"])
+except AtlasError as error:
+    raise WorkflowError(str(error)) from None
+
+
+def tuning_job(wildcards):
+    """What a job tunes."""
+    return TUNINGS.job(wildcards.study, wildcards.tuned, wildcards.task, int(wildcards.part))
+
+
+def tuning_digest(wildcards):
+    """Changes with what the settings say of this job, so that another study's numbers repeat nothing."""
+    job = tuning_job(wildcards)
+    parts = (job, TUNINGS.studies[job.study], TUNINGS.training, TUNINGS.copies, TUNINGS.tasks[job.task])
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def tuned_files(name):
+    """Files of this name of all jobs."""
+    return [f"results/emoe/runs/{job.study}/{job.model}/{job.task}/{job.part}/{name}" for job in TUNINGS.jobs()]
+
+
+rule emoe:
+    """Everything of EMoE's fine-tuning."""
+    input:
+        expand("results/tables/{table}.parquet", table=["emoe_runs", "emoe_differences", "emoe_training_selection"]),
+    localrule: True
+
+
+rule tune_emoe:
+    """Tune a model on a task in some arms, with all their seeds."""
+    input:
+        code=ancient("scripts/tune_emoe.py"),
+        settings=ancient(CONFIG["emoe"]),
+        ready=lambda wildcards: TUNINGS.models[wildcards.tuned]["ready"],
+        examples="results/emoe/tasks/{task}.parquet",
+    output:
+        runs="results/emoe/runs/{study}/{tuned}/{task}/{part}/runs.parquet",
+        selection="results/emoe/runs/{study}/{tuned}/{task}/{part}/selection.parquet",
+    log:
+        "results/logs/tune_emoe/{study}/{tuned}/{task}/{part}.log",
+    benchmark:
+        "results/benchmarks/tune_emoe/{study}/{tuned}/{task}/{part}.tsv"
+    wildcard_constraints:
+        study=one_of(TUNINGS.studies),
+        tuned=one_of(TUNINGS.models),
+        task=one_of(TUNINGS.tasks),
+        part=r"\d+",
+    conda:
+        "../envs/tuning.yaml"
+    threads: 1
+    resources:
+        gpu=None if CONFIG["gpu_gres"] else TUNINGS.job_needs["gpus"] or None,
+        gres=f"{CONFIG['gpu_gres']}:1" if CONFIG["gpu_gres"] and TUNINGS.job_needs["gpus"] else None,
+        gpu_jobs=1 if TUNINGS.job_needs["gpus"] else None,
+        mem_mb=TUNINGS.job_needs["mem_mb"],
+        runtime=TUNINGS.job_needs["runtime"],
+    params:
+        settings=tuning_digest,
+        method=METHODS["tune_emoe"],
+        device=device,
+    shell:
+        """
+        exec >{log:q} 2>&1
+        python {input.code:q} --settings {input.settings:q} --study {wildcards.study:q} --model {wildcards.tuned:q} \
+            --task {wildcards.task:q} --part {wildcards.part:q} --examples {input.examples:q} \
+            --device {params.device:q} --runs {output.runs:q} --selection {output.selection:q}
+        """
+
+
+rule compare_emoe:
+    """All runs in one table, and the arms against their baselines."""
+    input:
+        code=code("scripts/compare_emoe.py"),
+        runs=tuned_files("runs.parquet"),
+        selection=tuned_files("selection.parquet"),
+    output:
+        expand(
+            "results/tables/{table}.{format}",
+            table=["emoe_runs", "emoe_differences", "emoe_training_selection"],
+            format=["parquet", "csv"],
+        ),
+    log:
+        "results/logs/compare_emoe.log",
+    benchmark:
+        "results/benchmarks/compare_emoe.tsv"
+    localrule: True
+    conda:
+        "../envs/tuning.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        """
+        exec >{log:q} 2>&1
+        python {input.code[0]:q} --runs {input.runs:q} --selection {input.selection:q} --output results/tables
+        """
