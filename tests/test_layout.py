@@ -52,6 +52,7 @@ ALLOWED = {
     "parallel": set(),
     "parametric": {"architectures", "parallel"},
     "behavioral": set(),
+    "emoe": {"architectures", "checkpoints", "stream"},
     "training": {"architectures", "corpora"},
     "tuning": {"claims", "corpora", "emoe", "hub", "sheets", "tokens", "training"},
     "plotting": {"pages", "parametric"},
