@@ -26,7 +26,6 @@ ALLOWED = {
     "tokens": set(),
     "checkpoints": set(),
     "architectures": {"checkpoints"},
-    "emoe": {"architectures"},
     "spill": set(),
     "exact": set(),
     "merge": {"exact"},

@@ -69,7 +69,7 @@ def fit(
     torch.manual_seed(seed)
     device = next(built.model.parameters()).device
     parameters = built.parameters()
-    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=schedule.weight_decay, fused=True)
     progress = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, schedule.steps))
     best, kept, waited, at = (-math.inf, -math.inf), None, 0, 0
     watch = Watch(built, validation)

@@ -19,8 +19,6 @@ from moe_atlas.tuning.data import Examples, encode
 from moe_atlas.tuning.fit import Fitted, Schedule, evaluate, fit
 from moe_atlas.tuning.settings import Job, Settings, Shape, Study
 
-TESTS = ("in-domain", "shifted")
-
 
 @dataclass(frozen=True)
 class Material:
@@ -35,6 +33,11 @@ class Material:
     examples: dict[str, Examples]
     schedule: Schedule
     device: str
+
+    @property
+    def tests(self) -> list[str]:
+        """The sets that are reported: in-domain and shifted ones."""
+        return [split for split in self.examples if split not in ("train", "validation")]
 
     def chance(self, test: str) -> float:
         """Share of the commonest class of a test; 0 of correlations."""
@@ -57,7 +60,7 @@ class Run:
 def material(settings: Settings, job: Job, frame: pl.DataFrame, device: str) -> Material:
     """Read the tokenizer and the task of a job."""
     folder = Path(settings.models[job.model]["folder"])
-    training = dict(settings.training)
+    training = settings.training | settings.tasks[job.task].get("training", {})
     examples = encode(frame, load_tokenizer(folder), training.pop("length"))
     backbone = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     metric, classes = settings.tasks[job.task]["metric"], frame["classes"][0]
@@ -83,7 +86,7 @@ def run_job(
                 runs += _run_rows(data, study, arm, fraction, run, shape, rate == best)
         for run in done[best]:
             selection += _selection_rows(data, study, arm, fraction, run, shape)
-        means = [f"{_mean([run.values[arm, shape, test] for run in done[best]]):.3f} {test}" for test in TESTS]
+        means = [f"{_mean([run.values[arm, shape, test] for run in done[best]]):.3f} {test}" for test in data.tests]
         progress.step(f"{arm}, {shape}: " + ", ".join(means) + f", learning rate {best:g}")
         gc.collect()
     schemas = [tables.declared(name).schema for name in ("emoe_runs", "emoe_training_selection")]
@@ -132,19 +135,19 @@ def tune(data: Material, study: Study, arm: str, shape: Shape | None, fraction: 
     built = build(model, settings, at.experts, at.k, list(at.layers), train, seed)
     built.model.to(data.device)
     fitted = fit(built, train, data.examples["validation"], data.metric, rate, data.schedule, seed)
-    values = {(arm, shape, test): _value(built, data, test) for test in TESTS}
+    values = {(arm, shape, test): _value(built, data, test) for test in data.tests}
     if kept:
         for each, masks in zip(study.shapes, kept, strict=True):
             for mask in masks:
                 mask.install()
-            values |= {(settings.toggled, each, test): _value(built, data, test) for test in TESTS}
+            values |= {(settings.toggled, each, test): _value(built, data, test) for test in data.tests}
             for mask in masks:
                 mask.remove()
     elif settings.toggled:
         for mask in built.masks:
             mask.remove()
         bare = Classifier(built.model, ARMS["dense"])
-        values |= {(settings.toggled, shape, test): _value(bare, data, test) for test in TESTS}
+        values |= {(settings.toggled, shape, test): _value(bare, data, test) for test in data.tests}
     return Run(seed, rate, fitted, values)
 
 

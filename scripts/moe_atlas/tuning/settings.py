@@ -107,11 +107,11 @@ def _study(path: str | Path, name: str, values: dict[str, Any]) -> Study:
     shapes = []
     for experts, share, layers in crossed:
         k = experts * share
-        if k != int(k) or k < 1:
+        if abs(k - round(k)) > 1e-6 or k < 0.5:
             raise AtlasError(
                 f"{path}, studies, {name}: {share} of {experts} experts is no whole number of them; change the share."
             )
-        shapes.append(Shape(experts, int(k), tuple(layers)))
+        shapes.append(Shape(experts, round(k), tuple(layers)))
     if values["selection_seeds"] > values["seeds"]:
         raise AtlasError(f"{path}, studies, {name}: selection_seeds is above seeds; choose on some of them.")
     lists = {key: tuple(values[key]) for key in ("models", "tasks", "arms", "fractions")}
