@@ -36,6 +36,7 @@ METHODS = {
     "weight_statistics": 1,
     "extract_activations": 6,
     "train_demo_encoder": 1,
+    "fetch_task": 1,
     "tune_emoe": 1,
 }
 

@@ -31,12 +31,9 @@ rule train_demo_encoder:
 
 
 rule prepare_task:
-    """Make the examples of a task."""
+    """Make the examples of a task from texts that CPython brings along."""
     input:
         code=code("scripts/prepare_task.py"),
-        file=lambda wildcards: [
-            part for part in [TUNINGS.tasks[wildcards.task]["source"].partition("data:")[2]] if part
-        ],
     output:
         "results/emoe/tasks/{task}.parquet",
     log:
@@ -44,17 +41,50 @@ rule prepare_task:
     benchmark:
         "results/benchmarks/prepare_task/{task}.tsv"
     wildcard_constraints:
-        task=one_of(TUNINGS.tasks),
+        task=one_of(name for name in TUNINGS.tasks if not data_file(name)),
     conda:
         "../envs/tuning.yaml"
     threads: 1
     resources:
         mem_mb=3000,
-        runtime=4 * 60,
+        runtime=30,
     params:
         source=lambda wildcards: TUNINGS.tasks[wildcards.task]["source"],
     shell:
         """
         exec >{log:q} 2>&1
         python {input.code[0]:q} --task {wildcards.task:q} --source {params.source:q} --output {output:q}
+        """
+
+
+rule fetch_task:
+    """Make the examples of a task from the data sets that its file names, into the cache of the Hub's client (HF_HOME)."""
+    input:
+        code=ancient("scripts/prepare_task.py"),
+        file=lambda wildcards: data_file(wildcards.task),
+    output:
+        "results/emoe/tasks/{task}.parquet",
+    log:
+        "results/logs/fetch_task/{task}.log",
+    benchmark:
+        "results/benchmarks/fetch_task/{task}.tsv"
+    wildcard_constraints:
+        task=one_of(name for name in TUNINGS.tasks if data_file(name)),
+    retries: 2
+    localrule: True
+    conda:
+        "../envs/tuning.yaml"
+    threads: 1
+    resources:
+        downloads=1,
+        mem_mb=8000,
+        runtime=4 * 60,
+    params:
+        method=METHODS["fetch_task"],
+    # Nothing is told to the bucket in which `datasets` counts what is loaded.
+    shell:
+        """
+        exec >{log:q} 2>&1
+        HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0 HF_UPDATE_DOWNLOAD_COUNTS=0 \
+            python {input.code:q} --task {wildcards.task:q} --source data:{input.file:q} --output {output:q}
         """

@@ -25,6 +25,11 @@ def tuning_digest(wildcards):
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def data_file(task):
+    """The file of data sets of a task; empty where its texts come with CPython."""
+    return TUNINGS.tasks[task]["source"].partition("data:")[2]
+
+
 def tuned_files(name):
     """Files of this name of all jobs."""
     return [f"results/emoe/runs/{job.study}/{job.model}/{job.task}/{job.part}/{name}" for job in TUNINGS.jobs()]
