@@ -35,7 +35,6 @@ METHODS = {
     "describe_checkpoint": 2,
     "weight_statistics": 1,
     "extract_activations": 6,
-    "train_demo_encoder": 1,
     "fetch_task": 1,
     "tune_emoe": 1,
 }

@@ -1,35 +1,8 @@
-# What EMoE's fine-tuning needs: the small encoder, pre-trained, and the examples of the tasks.
+# The tasks of EMoE's fine-tuning.
 #
 # Inputs    the texts that CPython brings along, or the file of a task that names data sets
-# Outputs   results/checkpoints/demo-bert/training.json, the weights beside it; results/emoe/tasks/{task}.parquet
-# Cost      a minute; of data sets their download; no GPU
-rule train_demo_encoder:
-    """Pre-train the small BERT. The weights lie beside the declared file, so that a failure never deletes them."""
-    input:
-        code=ancient("scripts/train_demo_encoder.py"),
-    output:
-        "results/checkpoints/demo-bert/training.json",
-    log:
-        "results/logs/train_demo_encoder.log",
-    benchmark:
-        "results/benchmarks/train_demo_encoder.tsv"
-    conda:
-        "../envs/tuning.yaml"
-    threads: 1
-    resources:
-        mem_mb=3000,
-        runtime=30,
-    params:
-        steps_factor=CONFIG["demo_steps_factor"],
-        seed=CONFIG["seed"],
-        method=METHODS["train_demo_encoder"],
-    shell:
-        """
-        exec >{log:q} 2>&1
-        python {input.code:q} --steps-factor {params.steps_factor:q} --seed {params.seed:q} --output {output:q}
-        """
-
-
+# Outputs   results/emoe/tasks/{task}.parquet
+# Cost      seconds; of data sets their download, and only fetch_task asks the network; no GPU
 rule prepare_task:
     """Make the examples of a task from texts that CPython brings along."""
     input:
@@ -58,7 +31,7 @@ rule prepare_task:
 
 
 rule fetch_task:
-    """Make the examples of a task from the data sets that its file names, into the cache of the Hub's client (HF_HOME)."""
+    """Make the examples of a task from the data sets that its file names."""
     input:
         code=ancient("scripts/prepare_task.py"),
         file=lambda wildcards: data_file(wildcards.task),
