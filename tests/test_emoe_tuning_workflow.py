@@ -1,0 +1,93 @@
+"""`snakemake emoe` on a tiny model: from texts to tables, and what a change of the settings runs again."""
+
+import polars as pl
+import pytest
+import torch
+import yaml
+from transformers import MistralConfig, MistralForCausalLM
+from workflow_runs import ROOT, copy_repository, counts, planned, snakemake
+
+from moe_atlas import tables
+from moe_atlas.training.save import save_checkpoint
+from moe_atlas.training.tokenizer import train_tokenizer
+from moe_atlas.tuning.arms import ARMS
+from moe_atlas.tuning.settings import load_settings
+
+FOLDER = "checkpoints/tiny"
+SETTINGS = {
+    "models": {"tiny": {"folder": FOLDER, "ready": f"{FOLDER}/config.json"}},
+    "tasks": {"source": {"source": "demo:source", "metric": "accuracy"}},
+    "training": {"length": 16, "steps": 4, "batch": 4, "evaluate": 2, "patience": 2, "weight_decay": 0.0},
+    "copies": {"experts": 2, "k": 1},
+    "arms_per_job": 2,
+    "job_needs": {"gpus": 0, "mem_mb": 2000, "runtime": 10},
+    "defaults": {
+        **{"models": ["tiny"], "tasks": ["source"], "experts": [4], "shares": [0.5], "layers": [[0]]},
+        **{"fractions": [0.1], "seeds": 2, "selection_seeds": 1, "rates": {"full": [0.01], "lora": [0.01]}},
+    },
+    "studies": {"arms": {"arms": ["dense", "emoe", "gmoe"]}, "grid": {"arms": ["dense"], "fractions": [0.2]}},
+}
+
+
+def write(folder, settings) -> None:
+    (folder / "config" / "emoe.yaml").write_text(yaml.safe_dump(settings))
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory):
+    """A copy of the repository with a tiny random model, tuned."""
+    folder = copy_repository(tmp_path_factory.mktemp("tuning") / "atlas")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = MistralConfig(vocab_size=300, num_key_value_heads=1, pad_token_id=None, **sizes)
+    torch.manual_seed(0)
+    save_checkpoint(MistralForCausalLM(config), train_tokenizer(["prose or code"], 300), folder / FOLDER, 0)
+    write(folder, SETTINGS)
+    snakemake(folder, "emoe")
+    return folder
+
+
+def test_the_tables_have_every_run(atlas):
+    runs = tables.read("emoe_runs", atlas / "results/tables/emoe_runs.parquet")
+    tested = runs.filter(pl.col("test") != "validation").group_by("study", "arm").len().sort("study", "arm")
+    arms = ("dense", "dense2emoe", "emoe", "emoe2dense", "gmoe")
+    expected = [("arms", arm, 4) for arm in arms] + [("grid", arm, 4) for arm in arms[:2]]
+    assert tested.rows() == expected
+    differences = tables.read("emoe_differences", atlas / "results/tables/emoe_differences.parquet")
+    assert set(differences["seeds"]) == {2} and {"emoe", "gmoe"} < set(differences["arm"])
+    for name in ("emoe_runs", "emoe_differences", "emoe_training_selection"):
+        table = tables.read(name, atlas / f"results/tables/{name}.parquet")
+        assert len(pl.read_csv(atlas / f"results/tables/{name}.csv", infer_schema=False)) == len(table) > 0
+    assert tables.read("emoe_tasks", atlas / "results/emoe/tasks/source.parquet")["classes"].unique().item() == 2
+
+
+def test_a_change_runs_what_it_is_about(atlas):
+    assert "Nothing to be done" in snakemake(atlas, "-n", "emoe")
+    studies = SETTINGS["studies"]
+    write(atlas, SETTINGS | {"studies": studies | {"grid": studies["grid"] | {"seeds": 1}}})
+    jobs = planned(atlas, "emoe")
+    assert counts(jobs) == {"tune_emoe": 1, "compare_emoe": 1}
+    assert {job.wildcards["study"] for job in jobs if job.rule == "tune_emoe"} == {"grid"}
+    write(atlas, SETTINGS)
+
+
+def test_faulty_settings_end_the_run_with_a_sentence(atlas):
+    write(atlas, SETTINGS | {"studies": {"arms": {"arms": ["denes"]}}})
+    printed = snakemake(atlas, "-n", "emoe", check=False)
+    write(atlas, SETTINGS)
+    assert "config/emoe.yaml, studies, arms, arms: denes is not one of dense" in printed and "Traceback" not in printed
+
+
+def test_the_shipped_settings_need_these_jobs():
+    settings = load_settings(ROOT / "config/emoe.yaml")
+    expected = {"prepare_task": len(settings.tasks), "tune_emoe": len(settings.jobs()), "compare_emoe": 1}
+    assert counts(planned(ROOT, "--forceall", "emoe")) == expected | {"train_demo_checkpoint": 1}
+
+
+def test_the_settings_of_the_paper_are_whole():
+    """Every arm with BERT-large on the small sets of GLUE; each file of data sets is there and names commits."""
+    settings = load_settings(ROOT / "config/emoe_paper.yaml")
+    assert set(settings.studies["arms"].arms) == set(ARMS) and len(settings.tasks) == 8
+    for task in settings.tasks.values():
+        content = yaml.safe_load((ROOT / task["source"].removeprefix("data:")).read_text())
+        assert {"train", "in-domain"} <= set(content["sets"])
+        assert all(len(values["revision"]) == 40 for values in content["sets"].values())
