@@ -48,6 +48,7 @@ ALLOWED = {
     "devices": set(),
     "scan": set(),
     "claims": {"parametric", "sheets"},
+    "emoe": {"architectures", "behavioral", "checkpoints", "probe", "stream", "text_index", "tokens"},
     "parallel": set(),
     "parametric": {"architectures", "parallel"},
     "behavioral": set(),
