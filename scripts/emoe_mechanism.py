@@ -7,11 +7,11 @@ import numpy as np
 import polars as pl
 
 from moe_atlas import devices, tables
-from moe_atlas.emoe import frames
-from moe_atlas.emoe.grid import default_layers, loss_arms, read_grid
 from moe_atlas.errors import AtlasError
 from moe_atlas.log import Progress, run, say
 from moe_atlas.manifest import open_checkpoint
+from moe_atlas.modularity import frames
+from moe_atlas.modularity.grid import default_layers, loss_arms, read_grid
 
 
 def main() -> None:
@@ -41,9 +41,9 @@ def main() -> None:
     grid = read_grid(arguments.grid)
     device = devices.claim_found(arguments.device)
 
-    from moe_atlas.emoe.masked_loss import masked_losses
-    from moe_atlas.emoe.observe import LayerSplits, observe
-    from moe_atlas.emoe.text import read_text, thinned
+    from moe_atlas.modularity.masked_loss import masked_losses
+    from moe_atlas.modularity.observe import LayerSplits, observe
+    from moe_atlas.modularity.text import read_text, thinned
     from moe_atlas.stream import LayerStream
 
     checkpoint, manifest = open_checkpoint(arguments.checkpoint)
@@ -79,9 +79,7 @@ def main() -> None:
         )  # fmt: skip
         for layer, row in frames.loss_rows(arms, sums, tokens, generator):
             mechanism.append(frames.mechanism_frame(arguments.model, corpus, layer, [row]))
-        say(
-            f"{corpus}: loss of the dense model {sums[0].sum() / tokens.sum():.3f} nats a token, {len(arms)} ways to mask it"
-        )
+        say(f"{corpus}: loss {sums[0].sum() / tokens.sum():.3f} nats a token, {len(arms)} ways to mask the model")
     generator = np.random.default_rng([arguments.seed, len(observed)])
     for layer in layers:
         rows = frames.domain_rows({corpus: kept[layer].sums for corpus, kept in observed.items()}, generator)

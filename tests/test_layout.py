@@ -48,7 +48,7 @@ ALLOWED = {
     "devices": set(),
     "scan": set(),
     "claims": {"parametric", "sheets"},
-    "emoe": {"architectures", "behavioral", "checkpoints", "probe", "stream", "text_index", "tokens"},
+    "modularity": {"behavioral", "emoe", "probe", "stream", "text_index", "tokens"},
     "parallel": set(),
     "parametric": {"architectures", "parallel"},
     "behavioral": set(),

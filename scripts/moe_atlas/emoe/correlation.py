@@ -87,7 +87,7 @@ class CorrelationOfSplits:
         return [self.of(generator.permutation(dealt)) for _ in range(draws)]
 
     def map(self, order: np.ndarray, cells: int = MAP_CELLS) -> np.ndarray:
-        """Mean |r| in at most cells x cells runs of neurons in this order (F,); the diagonal and unknown pairs are out."""
+        """Mean |r| in at most cells x cells runs of neurons in this order (F,); no diagonal, no unknown pairs."""
         count = min(cells, len(order))
         starts = np.arange(count) * len(order) // count
         sums = np.add.reduceat(np.add.reduceat(self.correlation[np.ix_(order, order)], starts, axis=0), starts, axis=1)

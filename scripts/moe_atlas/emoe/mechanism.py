@@ -1,8 +1,8 @@
-"""Whether the experts of a split dense FFN are modules: what chosen experts hold of a token's activation, before any tuning.
+"""What chosen experts of a split dense FFN hold of a token's activation, before any tuning.
 
-Tensors in, sums by block of documents kept, so that a text of any length takes bounded memory. Source: Unlocking Emergent
-Modularity in Large Language Models (EMoE, arXiv 2310.10908), section 3 for the split and the avg-k gate; the mass that
-chosen experts capture and the gate's agreement with an oracle are measured here without tuning.
+Tensors in, sums by block of documents kept, so that a text of any length takes bounded memory. Source: Unlocking
+Emergent Modularity in Large Language Models (EMoE, arXiv 2310.10908), section 3 for the split and the avg-k gate; the
+mass that chosen experts capture and the gate's agreement with an oracle are additions.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_atlas.emoe.split import gate_vectors, split_neurons
+from moe_atlas.emoe.split import RULES, gate_vectors, split_neurons
 
-# How experts are chosen: by the mean pre-activation of their neurons, by the sum of their absolute activations, at random,
-# all but the k of avg-k, and the k with the lowest avg-k score.
+# How experts are chosen: by the mean pre-activation of their neurons, by the sum of their absolute activations, at
+# random, all but the k of avg-k, and the k with the lowest avg-k score.
 GATES = ("avg-k", "oracle", "random", "not-top-k", "bottom-k")
-RULES = ("cluster", "random", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def chosen(scores: torch.Tensor, k: int) -> torch.Tensor:
 def choose(
     gate: str, scores: torch.Tensor, mass: torch.Tensor, k: int, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """The experts that `gate` (one of GATES) takes: bool (T, N). scores: (T, N) of avg-k; mass: (T, N) as expert_mass."""
+    """The experts that `gate`, one of GATES, takes: bool (T, N). scores: (T, N) of avg-k; mass: (T, N), expert_mass."""
     if gate == "oracle":
         return chosen(mass, k)
     if gate == "random":
@@ -80,9 +79,9 @@ def agreement(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 class SplitSums:
     """Sums over the tokens of each of B blocks of documents for one split of one layer's neurons.
 
-    mass[k, gate] and agreement[k, oracle], (B,) float64; counts[k] (B, N) float64: tokens that chose each expert by avg-k;
-    tokens (B,) float64. The oracles: "activation", the experts with the largest sum of |a_j|, and "output", of |a_j| times
-    the length of the neuron's value. Tokens without any activation are left out.
+    mass[k, gate] and agreement[k, oracle], (B,) float64; counts[k] (B, N) float64: tokens that chose each expert by
+    avg-k; tokens (B,) float64. The oracles: "activation", the experts with the largest sum of |a_j|, and "output", of
+    |a_j| times the length of the neuron's value. Tokens without any activation are left out.
     """
 
     def __init__(self, split: Split, ks: Sequence[int], blocks: int, seed: int = 0):

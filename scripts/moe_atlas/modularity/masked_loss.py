@@ -1,7 +1,7 @@
 """How much worse a dense language model gets when each token keeps only the neurons of some experts.
 
-All arms go through the model together, one layer in memory at a time, so that the checkpoint is read once whatever their
-number. Up to its first masked layer an arm is the dense model, whose hidden states it takes over.
+All arms go through the model together, one layer in memory at a time, so that the checkpoint is read once whatever
+their number. Up to its first masked layer an arm is the dense model, whose hidden states it takes over.
 """
 
 from collections.abc import Callable, Sequence

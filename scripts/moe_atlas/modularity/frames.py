@@ -1,8 +1,8 @@
 """Tables of the mechanism test: means, their intervals over documents and seeds of a split, chance levels, differences.
 
-Source: EMoE (arXiv 2310.10908), sections 3 and 5; its numbers have neither intervals nor chance levels. Documents are drawn
-again as in moe_atlas.behavioral.resampling, and with them the seeds of a split; two splits are compared on the same
-documents.
+Source: EMoE (arXiv 2310.10908), sections 3 and 5; its numbers have neither intervals nor chance levels. Documents are
+drawn again as in moe_atlas.behavioral.resampling, and with them the seeds of a split; two splits are compared on the
+same documents.
 """
 
 import itertools
@@ -16,8 +16,9 @@ from moe_atlas.behavioral.domain import permutation_test
 from moe_atlas.behavioral.measures import divide, even_loads, js_divergence, load_entropy
 from moe_atlas.behavioral.resampling import DRAWS, block_weights, interval
 from moe_atlas.emoe.correlation import NULL_SPLITS, CorrelationOfSplits
-from moe_atlas.emoe.masked_loss import Arm
-from moe_atlas.emoe.mechanism import GATES, RULES, SplitSums, selected
+from moe_atlas.emoe.mechanism import GATES, SplitSums, selected
+from moe_atlas.emoe.split import RULES
+from moe_atlas.modularity.masked_loss import Arm
 
 _EVEN_DRAWS = 200
 Row = dict[str, object]
@@ -31,7 +32,7 @@ class Draws:
         self._seeds: dict[str, np.ndarray] = {}
 
     def seeds(self, rule: str, count: int) -> np.ndarray:
-        """Weights (R, S) of the seeds, sum 1: the same for all measures of a rule, so that gates are compared on them."""
+        """Weights (R, S) of the seeds, sum 1: the same for all measures of a rule, so that gates can be compared."""
         if rule not in self._seeds:
             weights = np.full((len(self.blocks), count), 1 / count)
             if count > 1 and len(weights) > 1:
@@ -63,8 +64,8 @@ def _frame(name: str, rows: Sequence[Row], **fields: object) -> pl.DataFrame:
 def choice_rows(sums: Sequence[SplitSums], generator: np.random.Generator) -> list[Row]:
     """Mass and agreement of one layer on one corpus, and what the clusters have above random and contiguous experts.
 
-    measure mass: chance is the share of experts that the gate takes. agreement and agreement_output: of the k experts of
-    avg-k with the k of the largest sums of |a_j|, of |a_j| times the length of the neuron's value; chance k/N.
+    mass: chance is the share of experts that the gate takes. agreement and agreement_output: of the k experts of avg-k
+    with those of the largest sums of |a_j|, of |a_j| times the length of the neuron's value; chance k/N.
     """
     rows: list[Row] = []
     tokens = sums[0].tokens.numpy()
@@ -99,7 +100,7 @@ def _differences(measure: str, drawn: Mapping[str, np.ndarray], fields: Row) -> 
 
 
 def correlation_rows(sums: Sequence[SplitSums], correlation: np.ndarray, tokens: int, generator: np.random.Generator):
-    """correlation_within, correlation_between and correlation_ratio of each rule, beside those of NULL_SPLITS random splits.
+    """correlation_within, correlation_between and correlation_ratio of each rule, beside those of random splits.
 
     chance is their mean, chance_low and chance_high hold 95 % of them, p_value the share that reaches the value; the
     interval is over the seeds of the split alone.
@@ -135,7 +136,7 @@ def _seeds_row(measure: str, values: np.ndarray, nulls: np.ndarray, generator: n
 
 
 def selection_rows(sums: Sequence[SplitSums], generator: np.random.Generator) -> list[Row]:
-    """emoe_selection of one layer on one corpus: u[t, e] = tokens of t that chose e / (k tokens), first seed of a split."""
+    """emoe_selection of one layer and corpus: share = tokens that chose it / (k tokens), first seed of a split."""
     rows: list[Row] = []
     for one in (one for one in sums if one.split.seed == 0):
         weights = block_weights(len(one.tokens), generator)
@@ -197,8 +198,8 @@ def loss_rows(
 ) -> Iterator[tuple[int | None, Row]]:
     """(layer or None for all masked layers, row): the dense model's loss, and by how much each way to mask raises it.
 
-    sums (1 + A, B) and tokens (B,) as masked_losses gives them; nats a token. chance of loss_rise is the rise with a random
-    gate on the same split. loss_rise_difference: what clusters have above another split, and avg-k above another gate.
+    sums (1 + A, B) and tokens (B,) as masked_losses gives them; nats a token. chance of loss_rise is the rise with a
+    random gate on the same split. loss_rise_difference: clusters minus another split, avg-k minus another gate.
     """
     draws = Draws(len(tokens), generator)
     total = {"tokens": int(tokens.sum())}
@@ -216,8 +217,10 @@ def loss_rows(
         chance = None if blind is None or gate == "not-top-k" else float(blind[0])
         yield layer, _row("loss_rise", drawn, gate=gate, chance=chance, **fields)
         fields |= {"gate": gate, "chance": 0.0}
-        others = [(other, (layers, experts, k, gate, other)) for other in RULES if rule == "cluster" != other]
-        others += [(other, (layers, experts, k, other, rule)) for other in GATES if gate == "avg-k" != other]
+        splits = [other for other in RULES if other != rule] if rule == "cluster" else []
+        gates = [other for other in GATES if other != gate] if gate == "avg-k" else []
+        others = [(other, (layers, experts, k, gate, other)) for other in splits]
+        others += [(other, (layers, experts, k, other, rule)) for other in gates]
         for other, key in others:
             if key in rises:
                 yield layer, _row("loss_rise_difference", drawn - rises[key], other=other, **fields)
@@ -234,7 +237,7 @@ def selection_frame(model: str, corpus: str, layer: int, rows: Sequence[Row]) ->
 
 
 def correlation_frame(model: str, corpus: str, layer: int, sums: SplitSums, correlation: np.ndarray) -> pl.DataFrame:
-    """The map of |r| in the order of the matrix and sorted by the experts of one split, as the table emoe_correlation."""
+    """The map of |r| in the order of the matrix and sorted by the experts of a split, as the table emoe_correlation."""
     found, labels = CorrelationOfSplits(correlation), sums.split.labels
     frames = []
     for name, order in (("index", np.arange(len(labels))), ("cluster", np.argsort(labels, kind="stable"))):

@@ -3,23 +3,24 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from moe_atlas.emoe.masked_loss import Arm
-from moe_atlas.emoe.mechanism import GATES, RULES
+from moe_atlas.emoe.mechanism import GATES
+from moe_atlas.emoe.split import RULES
 from moe_atlas.errors import AtlasError
+from moe_atlas.modularity.masked_loss import Arm
 
 _GROUP = re.compile(r"(\d+):(\d+(?:,\d+)*)")
 
 
 def read_grid(text: str) -> dict[int, list[int]]:
-    """`16:4,8 32:8` -> {16: [4, 8], 32: [8]}: experts N and, for each, numbers k of chosen ones. AtlasError if it is not."""
+    """`16:4,8 32:8` -> {16: [4, 8], 32: [8]}: experts N and numbers k of chosen ones. AtlasError for another text."""
     grid: dict[int, list[int]] = {}
     for group in text.split():
         match = _GROUP.fullmatch(group)
         experts, chosen = (int(match[1]), [int(k) for k in match[2].split(",")]) if match else (0, [])
         if not chosen or experts in grid or not all(1 <= k <= experts for k in chosen):
             raise AtlasError(
-                f"grid {text!r}: {group!r} is no number of experts with numbers of chosen ones; write N:k,k with k from "
-                "1 to N, such as 16:4,8."
+                f"grid {text!r}: {group!r} is no number of experts with numbers of chosen ones; write N:k,k with k "
+                "from 1 to N, such as 16:4,8."
             )
         grid[experts] = list(dict.fromkeys(chosen))
     if not grid:
@@ -33,7 +34,7 @@ def default_layers(count: int) -> list[int]:
 
 
 def loss_arms(grid: Mapping[int, Sequence[int]], layers: Sequence[int], seeds: int) -> list[Arm]:
-    """All ways to mask these layers together; and each layer alone, with the first N and k and the gates that are compared.
+    """All ways to mask these layers together; and each layer alone, with the first N and k by avg-k and at random.
 
     Where k = N/2 the experts that are not the top k are the bottom k, which is one arm. Where k = N there is one gate.
     """
