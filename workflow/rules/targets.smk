@@ -6,6 +6,7 @@ localrules:
     tables,
     figures,
     notebooks,
+    emoe,
 
 
 rule checkpoints:
@@ -44,3 +45,11 @@ rule notebooks:
     input:
         expand("results/notebooks/{notebook}-{model}.html", notebook=["parametric", "behavioral"], model=MODELS),
         "results/notebooks/comparison.html",
+
+
+rule emoe:
+    """What EMoE makes of dense models: tables, figures, notebook. No part of `all`."""
+    input:
+        expand("results/tables/{table}.{format}", table=EMOE, format=["parquet", "csv"]),
+        lambda wildcards: emoe_mechanism_files(),
+        "results/notebooks/emoe.html",

@@ -1,0 +1,273 @@
+"""Figures of EMoE on small made-up tables: every panel, point and interval is where the table says."""
+
+import itertools
+
+import numpy as np
+import polars as pl
+import pytest
+from test_plotting import check_text, texts
+
+from moe_atlas import tables
+from moe_atlas.errors import AtlasError
+from moe_atlas.plotting.emoe import GATES, SPLITS
+from moe_atlas.plotting.emoe_figure import draw
+from moe_atlas.plotting.registry import EMOE_FIGURES
+
+GRID = {8: (2, 4), 16: (4, 8)}
+LAYERS = (1, 3)
+CORPORA = ("prose", "code")
+
+
+def table(name: str, rows: list[dict]) -> pl.DataFrame:
+    schema = tables.declared(name).schema
+    return pl.DataFrame([dict.fromkeys(schema) | {"model": "toy"} | row for row in rows], schema=schema)
+
+
+def around(value: float, **fields) -> dict:
+    return {"value": value, "low": value - 0.02, "high": value + 0.02} | fields
+
+
+def mechanism(layers=LAYERS) -> pl.DataFrame:
+    """Values that say where they belong: the split in the second decimal, the gate in the first."""
+    rows = []
+    shapes = [(experts, k) for experts, ks in GRID.items() for k in ks]
+    for corpus, (experts, k), (s, split) in itertools.product(CORPORA, shapes, enumerate(SPLITS)):
+        fields = {"corpus": corpus, "experts": experts, "k": k, "split": split, "seeds": 5, "tokens": 100}
+        for layer, (g, gate) in itertools.product(layers, enumerate(GATES)):
+            rows.append(
+                around(0.1 * g + 0.01 * s, measure="mass", layer=layer, gate=gate, chance=k / experts, **fields)
+            )
+        for layer in layers:
+            for measure in ("agreement", "agreement_output"):
+                rows.append(
+                    around(0.6 + 0.01 * s, measure=measure, layer=layer, gate="avg-k", chance=k / experts, **fields)
+                )
+        for g, gate in enumerate(GATES):
+            place = None if len(layers) > 1 else layers[0]
+            rows.append(around(0.1 * g + 0.01 * s, measure="loss_rise", layer=place, gate=gate, chance=0.2, **fields))
+        if (experts, k) == shapes[0] and len(layers) > 1:
+            for layer, gate in itertools.product(layers, ("avg-k", "random")):
+                rows.append(around(0.1 * layer, measure="loss_rise", layer=layer, gate=gate, chance=0.2, **fields))
+    for corpus, layer, experts, (s, split) in itertools.product(CORPORA, layers, GRID, enumerate(SPLITS)):
+        null = {"chance": 1.0, "chance_low": 0.95, "chance_high": 1.05, "p_value": 0.01}
+        fields = {"corpus": corpus, "layer": layer, "experts": experts, "split": split, "measure": "correlation_ratio"}
+        rows.append(around(1.5 - 0.2 * s, **null, **fields))
+    rows += [{"corpus": corpus, "measure": "loss", "value": 4.5} for corpus in CORPORA]
+    return table("emoe_mechanism", rows)
+
+
+def correlation() -> pl.DataFrame:
+    rows = [
+        {"corpus": corpus, "layer": layer, "experts": 8, "order": order}
+        | {"row": i, "column": j, "value": 0.3 if i == j else 0.1}
+        for corpus, layer, order in itertools.product(CORPORA, LAYERS, ("index", "cluster"))
+        for i, j in itertools.product(range(16), repeat=2)
+    ]  # fmt: skip
+    return table("emoe_correlation", rows)
+
+
+def selection(steps=(None, 0, 50, 100)) -> pl.DataFrame:
+    rows = []
+    for corpus, step, layer, split in itertools.product(CORPORA, steps, LAYERS, ("cluster", "random")):
+        shares = np.arange(1, 9) / 36
+        shares = shares if corpus == "prose" else shares[::-1]
+        for expert, share in enumerate(shares):
+            fields = {
+                "corpus": corpus,
+                "arm": None if step is None else "emoe",
+                "step": step,
+                "layer": layer,
+                "seed": 0,
+            }
+            numbers = {"share": share, "chance": 1 / 8, "low": share - 0.02, "high": share + 0.02}
+            rows.append(fields | numbers | {"experts": 8, "k": 2, "split": split, "expert": str(expert)})
+    return table("emoe_selection", rows)
+
+
+DIFFERENCES = {
+    "model": pl.String, "task": pl.String, "test": pl.String, "arm": pl.String, "baseline": pl.String,
+    "experts": pl.Int64, "k": pl.Int64, "layers": pl.String, "fraction": pl.Float64, "seeds": pl.Int64,
+    "difference": pl.Float64, "low": pl.Float64, "high": pl.Float64, "p_value": pl.Float64,
+}  # fmt: skip
+RUNS = {
+    "model": pl.String, "task": pl.String, "arm": pl.String, "experts": pl.Int64, "k": pl.Int64, "layers": pl.String,
+    "fraction": pl.Float64, "seed": pl.Int64, "test": pl.String, "metric": pl.String, "value": pl.Float64,
+}  # fmt: skip
+TESTS = ("validation", "in-domain", "shifted")
+TASKS = ("topic", "kind")
+VARIED = [(8, 2, "3", 1.0), (8, 4, "3", 1.0), (16, 4, "3", 1.0), (8, 2, "1", 1.0), (8, 2, "1 3", 1.0), (8, 2, "3", 0.5)]
+ARMS = ("emoe", "random-split", "dense-noise")
+
+
+def differences(varied=VARIED) -> pl.DataFrame:
+    rows = []
+    for task, test, arm in itertools.product(TASKS, TESTS, ARMS):
+        for experts, k, layers, fraction in varied if arm == "emoe" else varied[:1]:
+            value = 0.01 * (1 + ARMS.index(arm)) * (1 if test == "in-domain" else -1)
+            shape = (
+                {"experts": None, "k": None, "layers": None}
+                if arm == "dense-noise"
+                else {"experts": experts, "k": k, "layers": layers}
+            )
+            numbers = {"difference": value, "low": value - 0.005, "high": value + 0.005, "p_value": 0.1}
+            rows.append(
+                {"model": "toy", "task": task, "test": test, "arm": arm, "baseline": "dense"}
+                | shape
+                | numbers
+                | {"fraction": fraction, "seeds": 5}
+            )
+    return pl.DataFrame(rows, schema=DIFFERENCES)
+
+
+def runs(fractions=(1.0, 0.5, 0.1)) -> pl.DataFrame:
+    rows = []
+    for task, test, arm, fraction, seed in itertools.product(TASKS, TESTS, ("dense", "emoe"), fractions, range(3)):
+        shape = {"experts": 8, "k": 2, "layers": "3"} if arm == "emoe" else {"experts": None, "k": None, "layers": None}
+        value = 0.5 + 0.2 * fraction + 0.01 * seed + (0.05 if arm == "emoe" else 0)
+        rows.append(
+            {
+                "model": "toy",
+                "task": task,
+                "test": test,
+                "arm": arm,
+                "fraction": fraction,
+                "seed": seed,
+                "metric": "accuracy",
+                "value": value,
+            }
+            | shape
+        )
+    return pl.DataFrame(rows, schema=RUNS)
+
+
+@pytest.fixture(scope="module")
+def frames() -> dict[str, pl.DataFrame]:
+    return {
+        "emoe_mechanism": mechanism(), "emoe_correlation": correlation(), "emoe_selection": selection(),
+        "emoe_differences": differences(), "emoe_runs": runs(),
+    }  # fmt: skip
+
+
+def name_of(figure: str) -> str:
+    return f"{figure}.prose" if EMOE_FIGURES[figure].kinds else figure
+
+
+@pytest.mark.parametrize("figure", EMOE_FIGURES)
+def test_every_figure_has_a_title_with_the_model_and_no_text_that_is_cut_or_overlaps(frames, figure):
+    drawn = draw(name_of(figure), "toy", frames)
+    check_text(drawn)
+    title = drawn.texts[0].get_text()
+    assert title.startswith("toy · ") and title.endswith(EMOE_FIGURES[figure].title)
+    assert ("prose" in title) == bool(EMOE_FIGURES[figure].kinds)
+
+
+def points_of(axes) -> list[tuple[float, float]]:
+    return [
+        (round(float(x), 6), round(float(y), 6))
+        for line in axes.lines
+        if line.get_marker() not in ("None", "", None)
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("figure", ["mass", "loss"])
+def test_each_gate_and_split_is_a_point_with_its_interval(frames, figure):
+    drawn = draw(f"{figure}.code", "toy", frames)
+    assert len(drawn.axes) == (2 if figure == "mass" else 1) * 2 * len(GRID)  # layers, k/N, N
+    for axes in drawn.axes:
+        assert {y for _, y in points_of(axes)} == {
+            round(0.1 * g + 0.01 * s, 6) for g in range(len(GATES)) for s in range(len(SPLITS))
+        }
+        low, high = axes.get_ylim()
+        assert low < -0.02 and high > 0.44
+    assert [axes.get_title() for axes in drawn.axes[:2]] == ["N = 8", "N = 16"]
+
+
+def test_a_model_with_one_masked_layer_has_its_losses(frames):
+    alone = frames | {"emoe_mechanism": mechanism(layers=(3,))}
+    assert len(draw("loss.prose", "toy", alone).axes) == 4
+    assert any("Only one layer" in text for text in texts(draw("layer_loss.prose", "toy", alone)))
+
+
+def test_lines_by_layer_have_all_layers_and_splits(frames):
+    for figure, panels, points in (("agreement", 4, 12), ("correlation", 2, 6), ("layer_loss", 2, 6)):
+        drawn = draw(f"{figure}.prose", "toy", frames)
+        assert len(drawn.axes) == panels
+        assert all(len(points_of(axes)) == points for axes in drawn.axes), figure
+        assert [label.get_text() for label in drawn.axes[0].get_xticklabels()] == ["1", "3"]
+
+
+def test_maps_show_the_values_of_the_table(frames):
+    drawn = draw("correlation_map.prose", "toy", frames)
+    images = [
+        axes.images[0].get_array() for axes in drawn.axes if axes.images and len(axes.images[0].get_array()) == 16
+    ]
+    assert len(images) == 4
+    assert all(image[2, 2] == 0.3 and image[2, 5] == 0.1 for image in images)
+
+
+def test_experts_of_corpora_are_sorted_by_their_difference(frames):
+    drawn = draw("corpora", "toy", frames)
+    first = drawn.axes[0]
+    shares = first.images[0].get_array()
+    assert shares.shape == (2, 8) and (np.diff(shares[1] - shares[0]) >= 0).all()
+    np.testing.assert_allclose(shares.sum(1), 8)
+    assert [label.get_text() for label in first.get_yticklabels()] == ["prose", "code"]
+    even = {int(x) for x, _ in points_of(first)}
+    assert even == {3, 4}  # the shares 4/36 and 5/36 are within 0.02 of 1/8; the others are not
+
+
+def test_arms_are_differences_to_their_baseline_and_validation_is_not_shown(frames):
+    drawn = draw("arms", "toy", frames)
+    assert len(drawn.axes) == 4
+    assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == [f"{arm} − dense" for arm in ARMS]
+    assert points_of(drawn.axes[0]) == [(0.01, 0), (0.02, 1), (0.03, 2)]
+    assert points_of(drawn.axes[2]) == [(-0.01, 0), (-0.02, 1), (-0.03, 2)]
+    said = " ".join(" ".join(texts(drawn)).split())
+    assert "validation" not in said and "N = 8, k = 2" in said
+
+
+@pytest.mark.parametrize(("figure", "points"), [("grid", 3), ("layers", 3)])
+def test_what_is_varied_is_along_x(frames, figure, points):
+    drawn = draw(figure, "toy", frames)
+    assert len(drawn.axes) == 4 and all(len(points_of(axes)) == points for axes in drawn.axes)
+    ticks = [label.get_text() for label in drawn.axes[0].get_xticklabels()]
+    assert ticks == (["0.25", "0.5"] if figure == "grid" else ["1", "1 3", "3"])
+
+
+def test_shares_of_the_data_have_a_dot_a_seed_and_a_line_of_means(frames):
+    drawn = draw("fraction", "toy", frames)
+    axes = drawn.axes[0]
+    assert len(points_of(axes)) == 2 * 3 * 3
+    means = [line.get_ydata() for line in axes.lines if line.get_marker() in ("None", "", None)]
+    np.testing.assert_allclose(means, [[0.53, 0.61, 0.71], [0.58, 0.66, 0.76]])
+
+
+def test_choices_during_tuning_are_in_order_of_steps_and_of_the_first_share(frames):
+    drawn = draw("selection", "toy", frames)
+    image = drawn.axes[0].images[0].get_array()
+    assert image.shape == (8, 3) and (np.diff(image[:, 0]) <= 0).all()
+
+
+@pytest.mark.parametrize("figure", ["grid", "layers", "fraction", "selection"])
+def test_what_was_not_varied_is_said(frames, figure):
+    given = frames | {
+        "emoe_differences": differences(VARIED[:1]),
+        "emoe_runs": runs((1.0,)),
+        "emoe_selection": selection((None,)),
+    }
+    drawn = draw(figure, "toy", given)
+    assert not drawn.axes and len(texts(drawn)[-1].split()) > 5
+
+
+def test_faults_are_sentences(frames):
+    for name, text in (
+        ("mas.prose", "no such figure"),
+        ("mass", "write mass.CORPUS"),
+        ("arms.prose", "without a corpus"),
+    ):
+        with pytest.raises(AtlasError, match=text):
+            draw(name, "toy", frames)
+    with pytest.raises(AtlasError, match="emoe_runs"):
+        draw("fraction", "toy", {"emoe_mechanism": mechanism()})
+    assert "hold nothing of other" in texts(draw("mass.prose", "other", frames))[-1]

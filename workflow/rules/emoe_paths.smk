@@ -1,0 +1,39 @@
+# What of EMoE is made, and where it lies: functions of the config and the sheets, no rules.
+from moe_atlas.plotting.registry import EMOE_FIGURES
+from moe_atlas.tables import EMOE
+
+# Tables that the mechanism test writes for each model.
+EMOE_PARTS = ("emoe_mechanism", "emoe_selection", "emoe_correlation")
+
+
+def emoe_models():
+    """Dense models of the mechanism test: those that the config names, or else those that other rows name as reference."""
+    named = CONFIG["emoe_models"].split()
+    unknown = [name for name in named if name not in MODELS]
+    if unknown:
+        raise WorkflowError(f"config, key emoe_models: the model sheet has no enabled row {', '.join(unknown)}.")
+    wanted = named or {row.dense_reference for row in MODELS.values()}
+    return [name for name, row in MODELS.items() if name in wanted and row.keep]
+
+
+def emoe_parts(wildcards):
+    """Files that one table of EMoE is put together from."""
+    return [f"results/models/{name}/emoe/{wildcards.table}.parquet" for name in emoe_models()]
+
+
+def emoe_figures():
+    """Names of the figures of the mechanism test, with their corpus."""
+    found = []
+    for name, figure in EMOE_FIGURES.items():
+        corpora = corpora_of(figure.kinds)
+        found += [f"{name}.{corpus}" for corpus in corpora] if figure.kinds else [name]
+    return found
+
+
+def emoe_mechanism_files():
+    """Figures of the mechanism test of every model; a sentence where there is no dense model to test."""
+    models = emoe_models()
+    if not models:
+        raise WorkflowError("EMoE: no row of the model sheet is a dense_reference; name a dense model in emoe_models.")
+    names = [name for name in emoe_figures() if set(EMOE_FIGURES[split(name)[0]].tables) <= set(EMOE_PARTS)]
+    return [f"results/figures/emoe/{model}/{name}.png" for model in models for name in names]
