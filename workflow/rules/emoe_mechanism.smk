@@ -22,7 +22,7 @@ rule emoe_mechanism:
     wildcard_constraints:
         model=one_of(emoe_models()),
     conda:
-        "../envs/emoe.yaml"
+        "../envs/mechanism.yaml"
     threads: model_threads
     resources:
         mem_mb=memory,
@@ -104,7 +104,7 @@ rule plot_emoe:
     benchmark:
         "results/benchmarks/plot_emoe/{backbone}/{figure}.tsv"
     wildcard_constraints:
-        figure=one_of(emoe_figures()),
+        figure=one_of(emoe_figures(EMOE_FIGURES)),
     localrule: True
     conda:
         "../envs/plotting.yaml"

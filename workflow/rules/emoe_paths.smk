@@ -1,5 +1,5 @@
 # What of EMoE is made, and where it lies: functions of the config and the sheets, no rules.
-from moe_atlas.plotting.registry import EMOE_FIGURES
+from moe_atlas.plotting.registry import EMOE_FIGURES, EMOE_MECHANISM
 from moe_atlas.tables import EMOE
 
 # Tables that the mechanism test writes for each model.
@@ -21,10 +21,10 @@ def emoe_parts(wildcards):
     return [f"results/models/{name}/emoe/{wildcards.table}.parquet" for name in emoe_models()]
 
 
-def emoe_figures():
-    """Names of the figures of the mechanism test, with their corpus."""
+def emoe_figures(figures):
+    """Names of these figures, with their corpus where they have one."""
     found = []
-    for name, figure in EMOE_FIGURES.items():
+    for name, figure in figures.items():
         corpora = corpora_of(figure.kinds)
         found += [f"{name}.{corpus}" for corpus in corpora] if figure.kinds else [name]
     return found
@@ -35,5 +35,10 @@ def emoe_mechanism_files():
     models = emoe_models()
     if not models:
         raise WorkflowError("EMoE: no row of the model sheet is a dense_reference; name a dense model in emoe_models.")
-    names = [name for name in emoe_figures() if set(EMOE_FIGURES[split(name)[0]].tables) <= set(EMOE_PARTS)]
-    return [f"results/figures/emoe/{model}/{name}.png" for model in models for name in names]
+    return [f"results/figures/emoe/{model}/{name}.png" for model in models for name in emoe_figures(EMOE_MECHANISM)]
+
+
+def emoe_shown():
+    """Notebook and figures of EMoE that are there, for the index page to link."""
+    found = [*Path("results/figures/emoe").glob("*/*.png"), *Path("results/notebooks").glob("emoe.html")]
+    return sorted(map(str, found))
