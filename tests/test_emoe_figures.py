@@ -66,85 +66,75 @@ def correlation() -> pl.DataFrame:
     return table("emoe_correlation", rows)
 
 
-def selection(steps=(None, 0, 50, 100)) -> pl.DataFrame:
+def selection() -> pl.DataFrame:
     rows = []
-    for corpus, step, layer, split in itertools.product(CORPORA, steps, LAYERS, ("cluster", "random")):
+    for corpus, layer, split in itertools.product(CORPORA, LAYERS, ("cluster", "random")):
         shares = np.arange(1, 9) / 36
         shares = shares if corpus == "prose" else shares[::-1]
         for expert, share in enumerate(shares):
-            fields = {
-                "corpus": corpus,
-                "arm": None if step is None else "emoe",
-                "step": step,
-                "layer": layer,
-                "seed": 0,
-            }
             numbers = {"share": share, "chance": 1 / 8, "low": share - 0.02, "high": share + 0.02}
-            rows.append(fields | numbers | {"experts": 8, "k": 2, "split": split, "expert": str(expert)})
+            fields = {"corpus": corpus, "layer": layer, "experts": 8, "k": 2, "split": split, "seed": 0}
+            rows.append(fields | numbers | {"expert": str(expert)})
     return table("emoe_selection", rows)
 
 
-DIFFERENCES = {
-    "model": pl.String, "task": pl.String, "test": pl.String, "arm": pl.String, "baseline": pl.String,
-    "experts": pl.Int64, "k": pl.Int64, "layers": pl.String, "fraction": pl.Float64, "seeds": pl.Int64,
-    "difference": pl.Float64, "low": pl.Float64, "high": pl.Float64, "p_value": pl.Float64,
-}  # fmt: skip
-RUNS = {
-    "model": pl.String, "task": pl.String, "arm": pl.String, "experts": pl.Int64, "k": pl.Int64, "layers": pl.String,
-    "fraction": pl.Float64, "seed": pl.Int64, "test": pl.String, "metric": pl.String, "value": pl.Float64,
-}  # fmt: skip
-TESTS = ("validation", "in-domain", "shifted")
+TESTS = ("in-domain", "shifted")
 TASKS = ("topic", "kind")
-VARIED = [(8, 2, "3", 1.0), (8, 4, "3", 1.0), (16, 4, "3", 1.0), (8, 2, "1", 1.0), (8, 2, "1 3", 1.0), (8, 2, "3", 0.5)]
-ARMS = ("emoe", "random-split", "dense-noise")
+BOTH = "1,3"
+VARIED = {
+    "arms": [(8, 2, BOTH, 1.0)],
+    "grid": [(8, 2, BOTH, 1.0), (8, 4, BOTH, 1.0), (16, 4, BOTH, 1.0)],
+    "layers": [(8, 2, BOTH, 1.0), (8, 2, "1", 1.0), (8, 2, "3", 1.0)],
+    "fraction": [(8, 2, BOTH, share) for share in (0.1, 0.5, 1.0)],
+}
+ARMS = ("emoe", "random-split", "gmoe", "dense-noise")
+SHAPES = {"gmoe": (4, 2), "dense-noise": (None, None), "dense": (None, None)}
 
 
-def differences(varied=VARIED) -> pl.DataFrame:
+def run_of(study: str, arm: str, task: str, test: str, varied: tuple) -> dict:
+    experts, k, layers, fraction = varied
+    experts, k = SHAPES.get(arm, (experts, k))
+    shape = {"experts": experts, "k": k, "layers": layers if experts else None, "fraction": fraction}
+    return {"study": study, "arm": arm, "task": task, "test": test, "metric": "accuracy"} | shape
+
+
+def differences(studies=VARIED) -> pl.DataFrame:
     rows = []
-    for task, test, arm in itertools.product(TASKS, TESTS, ARMS):
-        for experts, k, layers, fraction in varied if arm == "emoe" else varied[:1]:
+    for task, test, study in itertools.product(TASKS, TESTS, studies):
+        for arm, varied in itertools.product(ARMS if study == "arms" else ARMS[:1], studies[study]):
             value = 0.01 * (1 + ARMS.index(arm)) * (1 if test == "in-domain" else -1)
-            shape = (
-                {"experts": None, "k": None, "layers": None}
-                if arm == "dense-noise"
-                else {"experts": experts, "k": k, "layers": layers}
-            )
-            numbers = {"difference": value, "low": value - 0.005, "high": value + 0.005, "p_value": 0.1}
-            rows.append(
-                {"model": "toy", "task": task, "test": test, "arm": arm, "baseline": "dense"}
-                | shape
-                | numbers
-                | {"fraction": fraction, "seeds": 5}
-            )
-    return pl.DataFrame(rows, schema=DIFFERENCES)
+            numbers = {"difference": value, "low": value - 0.005, "high": value + 0.005, "p_value": 0.1, "seeds": 5}
+            rows.append(run_of(study, arm, task, test, varied) | numbers | {"baseline": "dense"})
+    return table("emoe_differences", rows)
 
 
-def runs(fractions=(1.0, 0.5, 0.1)) -> pl.DataFrame:
+def runs(studies=VARIED) -> pl.DataFrame:
     rows = []
-    for task, test, arm, fraction, seed in itertools.product(TASKS, TESTS, ("dense", "emoe"), fractions, range(3)):
-        shape = {"experts": 8, "k": 2, "layers": "3"} if arm == "emoe" else {"experts": None, "k": None, "layers": None}
-        value = 0.5 + 0.2 * fraction + 0.01 * seed + (0.05 if arm == "emoe" else 0)
-        rows.append(
-            {
-                "model": "toy",
-                "task": task,
-                "test": test,
-                "arm": arm,
-                "fraction": fraction,
-                "seed": seed,
-                "metric": "accuracy",
-                "value": value,
-            }
-            | shape
-        )
-    return pl.DataFrame(rows, schema=RUNS)
+    for task, test, study, seed in itertools.product(TASKS, ("validation", *TESTS), studies, range(3)):
+        for arm, varied in itertools.product(("dense", "emoe"), studies[study]):
+            value = 0.5 + 0.2 * varied[3] + 0.01 * seed + (0.05 if arm == "emoe" else 0)
+            rows.append(run_of(study, arm, task, test, varied) | {"seed": seed, "value": value, "chosen": True})
+    return table("emoe_runs", rows)
+
+
+def training() -> pl.DataFrame:
+    """Shares that turn around, and overlaps that fall, of two arms and seeds."""
+    rows = []
+    for arm, seed, step, layer in itertools.product(("emoe", "emoe-learn-one"), (0, 1), (0, 50, 100), LAYERS):
+        fields = run_of("arms", arm, "topic", "", VARIED["arms"][0]) | {"seed": seed, "step": step, "layer": layer}
+        fields = {key: value for key, value in fields.items() if key not in ("test", "metric")}
+        shares = np.arange(1, 9) / 36
+        for expert, share in enumerate(shares if step else shares[::-1]):
+            rows.append(fields | {"measure": "share", "expert": str(expert), "value": share, "chance": 1 / 8})
+        rows.append(fields | {"measure": "overlap_first", "value": 1 - step / 200 - 0.1 * seed, "chance": 0.25})
+    return table("emoe_training_selection", rows)
 
 
 @pytest.fixture(scope="module")
 def frames() -> dict[str, pl.DataFrame]:
     return {
         "emoe_mechanism": mechanism(), "emoe_correlation": correlation(), "emoe_selection": selection(),
-        "emoe_differences": differences(), "emoe_runs": runs(),
+        "emoe_differences": differences(), "emoe_runs": runs(), "emoe_training_selection": training(),
     }  # fmt: skip
 
 
@@ -221,8 +211,8 @@ def test_arms_are_differences_to_their_baseline_and_validation_is_not_shown(fram
     drawn = draw("arms", "toy", frames)
     assert len(drawn.axes) == 4
     assert [label.get_text() for label in drawn.axes[0].get_yticklabels()] == [f"{arm} − dense" for arm in ARMS]
-    assert points_of(drawn.axes[0]) == [(0.01, 0), (0.02, 1), (0.03, 2)]
-    assert points_of(drawn.axes[2]) == [(-0.01, 0), (-0.02, 1), (-0.03, 2)]
+    assert points_of(drawn.axes[0]) == [(0.01, 0), (0.02, 1), (0.03, 2), (0.04, 3)]
+    assert points_of(drawn.axes[2]) == [(-0.01, 0), (-0.02, 1), (-0.03, 2), (-0.04, 3)]
     said = " ".join(" ".join(texts(drawn)).split())
     assert "validation" not in said and "N = 8, k = 2" in said
 
@@ -232,7 +222,7 @@ def test_what_is_varied_is_along_x(frames, figure, points):
     drawn = draw(figure, "toy", frames)
     assert len(drawn.axes) == 4 and all(len(points_of(axes)) == points for axes in drawn.axes)
     ticks = [label.get_text() for label in drawn.axes[0].get_xticklabels()]
-    assert ticks == (["0.25", "0.5"] if figure == "grid" else ["1", "1 3", "3"])
+    assert ticks == (["0.25", "0.5"] if figure == "grid" else ["1", "1,3", "3"])
 
 
 def test_shares_of_the_data_have_a_dot_a_seed_and_a_line_of_means(frames):
@@ -245,18 +235,18 @@ def test_shares_of_the_data_have_a_dot_a_seed_and_a_line_of_means(frames):
 
 def test_choices_during_tuning_are_in_order_of_steps_and_of_the_first_share(frames):
     drawn = draw("selection", "toy", frames)
-    image = drawn.axes[0].images[0].get_array()
-    assert image.shape == (8, 3) and (np.diff(image[:, 0]) <= 0).all()
+    maps = [axes for axes in drawn.axes if axes.images and axes.get_title()]
+    assert len(maps) == 4  # two arms, two layers
+    image = maps[0].images[0].get_array()
+    assert image.shape == (8, 3) and (np.diff(image[:, 0]) < 0).all() and (np.diff(image[:, 2]) > 0).all()
+    lines = [line.get_ydata() for line in drawn.axes[-1].lines if line.get_marker() not in ("None", "", None)]
+    np.testing.assert_allclose(lines, [[0.95, 0.7, 0.45]] * 2)
 
 
-@pytest.mark.parametrize("figure", ["grid", "layers", "fraction", "selection"])
+@pytest.mark.parametrize("figure", ["grid", "layers", "fraction"])
 def test_what_was_not_varied_is_said(frames, figure):
-    given = frames | {
-        "emoe_differences": differences(VARIED[:1]),
-        "emoe_runs": runs((1.0,)),
-        "emoe_selection": selection((None,)),
-    }
-    drawn = draw(figure, "toy", given)
+    alone = {"arms": VARIED["arms"]}
+    drawn = draw(figure, "toy", frames | {"emoe_differences": differences(alone), "emoe_runs": runs(alone)})
     assert not drawn.axes and len(texts(drawn)[-1].split()) > 5
 
 

@@ -68,7 +68,7 @@ rule aggregate_emoe:
     benchmark:
         "results/benchmarks/aggregate_emoe/{table}.tsv"
     wildcard_constraints:
-        table=one_of(EMOE_PARTS),
+        table=one_of(EMOE),
     localrule: True
     conda:
         "../envs/statistics.yaml"

@@ -1,9 +1,9 @@
 # What of EMoE is made, and where it lies: functions of the config and the sheets, no rules.
-from moe_atlas.plotting.registry import EMOE_FIGURES, EMOE_MECHANISM
-from moe_atlas.tables import EMOE
+from moe_atlas.plotting.registry import EMOE_FIGURES, EMOE_MECHANISM, EMOE_TUNING
+from moe_atlas.tables import EMOE, TUNING
 
-# Tables that the mechanism test writes for each model.
-EMOE_PARTS = ("emoe_mechanism", "emoe_selection", "emoe_correlation")
+# Tables of EMoE across models, before tuning and of tuned models.
+EMOE_TABLES = [name for name, declared in (EMOE | TUNING).items() if declared.path == f"tables/{name}.parquet"]
 
 
 def emoe_models():
@@ -36,6 +36,12 @@ def emoe_mechanism_files():
     if not models:
         raise WorkflowError("EMoE: no row of the model sheet is a dense_reference; name a dense model in emoe_models.")
     return [f"results/figures/emoe/{model}/{name}.png" for model in models for name in emoe_figures(EMOE_MECHANISM)]
+
+
+def emoe_tuned_files():
+    """Figures of every model that is tuned."""
+    models = dict.fromkeys(job.model for job in TUNINGS.jobs())
+    return [f"results/figures/emoe/{model}/{name}.png" for model in models for name in EMOE_TUNING]
 
 
 def emoe_shown():

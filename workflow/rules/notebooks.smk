@@ -75,7 +75,7 @@ rule emoe_notebook:
         code=code("scripts/run_notebook.py"),
         notebook="notebooks/emoe.ipynb",
         library=code("notebooks/emoe.ipynb")[1:],
-        tables=[f"results/tables/{table}.parquet" for table in EMOE],
+        tables=[f"results/tables/{table}.parquet" for table in EMOE_TABLES],
     output:
         "results/notebooks/emoe.html",
     log:

@@ -48,8 +48,9 @@ rule notebooks:
 
 
 rule emoe:
-    """What EMoE makes of dense models: tables, figures, notebook. No part of `all`."""
+    """What EMoE makes of dense models, before tuning and tuned: tables, figures, notebook. No part of `all`."""
     input:
-        expand("results/tables/{table}.{format}", table=EMOE, format=["parquet", "csv"]),
+        expand("results/tables/{table}.{format}", table=EMOE_TABLES, format=["parquet", "csv"]),
         lambda wildcards: emoe_mechanism_files(),
+        lambda wildcards: emoe_tuned_files(),
         "results/notebooks/emoe.html",

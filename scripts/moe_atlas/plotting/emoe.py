@@ -295,7 +295,7 @@ def layer_loss(model: str, corpus: str, frames: dict[str, pl.DataFrame]) -> Figu
 
 def corpora(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
     """Share of the choices of each corpus that each expert has, before tuning."""
-    table = frames["emoe_selection"].filter(pl.col("step").is_null() & (pl.col("split") == "cluster"))
+    table = frames["emoe_selection"].filter(pl.col("split") == "cluster")
     if table.is_empty():
         return sentence(title_of("corpora", model), "There is no long corpus: add one to the corpora sheet.")
     experts, k = table.select("experts", "k").row(0)

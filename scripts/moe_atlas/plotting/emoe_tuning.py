@@ -25,25 +25,39 @@ def _look(number: int) -> dict:
     return {"color": COLOURS[number % len(COLOURS)], "marker": marker, "markersize": 4, "linestyle": ""}
 
 
+def _study(table: pl.DataFrame, name: str) -> pl.DataFrame:
+    """Rows of the study that varies this; of all studies where there is none of its name."""
+    own = table.filter(pl.col("study") == name)
+    return table if own.is_empty() else own
+
+
 def _tests(table: pl.DataFrame) -> list[str]:
     """The reported tests; validation is what learning rates were chosen by."""
     return [test for test in table["test"].unique(maintain_order=True) if test != "validation"]
 
 
-def _differences(frames: dict[str, pl.DataFrame]) -> pl.DataFrame:
-    return frames["emoe_differences"].rename({"difference": "value"}).filter(pl.col("test") != "validation")
+def _differences(frames: dict[str, pl.DataFrame], study: str) -> pl.DataFrame:
+    table = _study(frames["emoe_differences"], study)
+    return table.rename({"difference": "value"}).filter(pl.col("test") != "validation")
 
 
 def _main(table: pl.DataFrame, *columns: str) -> pl.DataFrame:
-    """Rows with the most frequent value of each column among those of the arm emoe, and rows that have none there."""
+    """Rows of each arm with one value of each column: that of the arm emoe, where the arm has it; nulls are kept."""
     for column in columns:
-        known = table.filter((pl.col("arm") == _EMOE) & pl.col(column).is_not_null())
-        known = known if not known.is_empty() else table.filter(pl.col(column).is_not_null())
-        if known.is_empty():
-            continue
-        counts = known.group_by(column, maintain_order=True).len().sort("len", descending=True, maintain_order=True)
-        table = table.filter((pl.col(column) == counts[column][0]) | pl.col(column).is_null())
+        common = _most_frequent(table.filter(pl.col("arm") == _EMOE)[column])
+        parts = []
+        for part in table.partition_by("arm", maintain_order=True):
+            value = common if (part[column] == common).any() else _most_frequent(part[column])
+            parts.append(part.filter((pl.col(column) == value) | pl.col(column).is_null()))
+        table = pl.concat(parts) if parts else table
     return table
+
+
+def _most_frequent(values: pl.Series) -> object:
+    """The value that comes most often, the first of equals; None where there is none."""
+    counts = values.drop_nulls().value_counts(sort=True)
+    most = counts.filter(pl.col("count") == pl.col("count").max())[values.name].to_list()
+    return next((value for value in values if value in most), None)
 
 
 def _grid(
@@ -83,7 +97,7 @@ def _grid(
 
 def arms(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
     """Each way to tune minus its baseline, for each task and test, with all of the training data."""
-    table = _differences(frames)
+    table = _differences(frames, "arms")
     table = _main(table.filter(pl.col("fraction") == table["fraction"].max()), "experts", "k", "layers")
     pairs = table.select("arm", "baseline").unique(maintain_order=True).rows()
     seeds = table["seeds"].max()
@@ -107,7 +121,7 @@ def arms(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
 
 def grid(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
     """EMoE minus dense tuning, by the number of experts and the share of them that is chosen."""
-    table = _differences(frames).filter((pl.col("arm") == _EMOE) & pl.col("experts").is_not_null())
+    table = _differences(frames, "grid").filter((pl.col("arm") == _EMOE) & pl.col("experts").is_not_null())
     table = _main(table.filter(pl.col("fraction") == table["fraction"].max()), "layers")
     shapes = table.select("experts", "k").unique().sort("experts", "k").rows()
     if len(shapes) < 2:
@@ -132,7 +146,7 @@ def grid(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
 
 def layers(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
     """EMoE minus dense tuning, by which layers have experts."""
-    table = _differences(frames).filter((pl.col("arm") == _EMOE) & pl.col("layers").is_not_null())
+    table = _differences(frames, "layers").filter((pl.col("arm") == _EMOE) & pl.col("layers").is_not_null())
     table = _main(table.filter(pl.col("fraction") == table["fraction"].max()), "experts", "k")
     places = table["layers"].unique(maintain_order=True).to_list()
     places.sort(key=lambda text: [int(layer) for layer in text.replace(",", " ").split()])
@@ -153,7 +167,8 @@ def layers(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure
 
 def fraction(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
     """Dense tuning and EMoE by the share of the training data; a dot is a seed."""
-    runs = frames["emoe_runs"].filter(pl.col("arm").is_in([_EMOE, "dense"]) & (pl.col("test") != "validation"))
+    runs = _study(frames["emoe_runs"], "fraction").filter(pl.col("chosen") & (pl.col("test") != "validation"))
+    runs = runs.filter(pl.col("arm").is_in([_EMOE, "dense"]))
     runs = _main(runs, "experts", "k", "layers")
     shares = sorted(runs["fraction"].unique())
     if len(shares) < 2:
@@ -186,42 +201,78 @@ def fraction(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figu
 
 
 def selection(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
-    """Share of the choices that each expert has of the same tokens, at steps of the tuning."""
-    table = frames["emoe_selection"].filter(pl.col("step").is_not_null())
-    if table.is_empty():
-        return sentence(title_of("selection", model), "Choices were not counted during any tuning.")
-    table = table.filter(pl.col("seed") == table["seed"].min())
-    keys = ("arm", "corpus", "layer", "experts", "k")
-    parts = list(table.partition_by(keys, as_dict=True, maintain_order=True).items())
-    shown, across = parts[:_MOST_PANELS], min(3, len(parts))
-    left, gap, height = 0.55, 0.3, 1.5
-    width = (WIDTH - left - 0.1 - gap * (across - 1)) / max(across, 2)
+    """Choices of the same tokens at steps of the tuning: of each expert, and how many are those of before it."""
+    table = _study(frames["emoe_training_selection"], "arms")
+    table = table.filter(pl.col("task") == table["task"][0])
+    order = table["arm"].unique(maintain_order=True).to_list()
+    shares = table.filter((pl.col("measure") == "share") & (pl.col("seed") == table["seed"].min()))
+    parts = list(
+        shares.partition_by("arm", "layers", "layer", "experts", "k", as_dict=True, maintain_order=True).items()
+    )
+    overlaps = table.filter(pl.col("measure") == "overlap_first")
+    shown, across = parts[:_MOST_PANELS], 3
+    left, gap, height, row_height = 0.6, 0.3, 1.3, 1.85
+    width = (WIDTH - left - 0.1 - gap * (across - 1)) / across
     down = -(-len(shown) // across)
-    figure = new_figure(WIDTH, 0.85 + down * (height + 0.75) + 0.5)
+    figure = new_figure(WIDTH, _HEAD + down * row_height + 0.45 + 2.2)
     cut = f" (first {len(shown)} of {len(parts)})" if len(parts) > len(shown) else ""
     subtitle = (
-        f"N × share of the choices of the same tokens; 1 is even. Experts sorted by their share at the first step{cut}"
+        f"Task {table['task'][0]}, the same texts at each step. Above: N × share of the choices, one seed, experts "
+        f"sorted by their share before the first step{cut}. Below: share of a token's experts that were its experts "
+        "then; mean and range over seeds, dashed: chance"
     )
     heading(figure, title_of("selection", model), subtitle)
-    norm = TwoSlopeNorm(1, 0, max(2.0, float((table["share"] * table["experts"]).max())))
-    for number, ((arm, corpus, layer, experts, k), part) in enumerate(shown):
+    norm = TwoSlopeNorm(1, 0, max(2.0, float((shares["value"] * shares["experts"]).max() or 2.0)))
+    image = None
+    for number, ((arm, _, layer, experts, k), part) in enumerate(shown):
         row, column = divmod(number, across)
-        axes = add_axes(figure, left + column * (width + gap), 0.85 + row * (height + 0.75), width, height)
-        steps = sorted(part["step"].unique())
-        shares = np.full((experts, len(steps)), np.nan)
-        shares[part["expert"].cast(pl.Int64), [steps.index(step) for step in part["step"]]] = part["share"] * experts
-        order = np.argsort(-shares[:, 0], kind="stable")
-        image = axes.imshow(shares[order], cmap=_DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
-        axes.set_title(f"{arm} · {corpus}\nlayer {layer}, N = {experts}, {share_text(k, experts)}")
-        axes.set_yticks([])
-        places = sorted({0, len(steps) // 2, len(steps) - 1})
-        axes.set_xticks(places, [str(steps[place]) for place in places])
-        axes.set_xlabel("step")
+        axes = add_axes(figure, left + column * (width + gap), _HEAD + 0.15 + row * row_height, width, height)
+        image = _selection_map(axes, part, experts, norm)
+        axes.set_title(f"{arm}, layer {layer}\nN = {experts}, {share_text(k, experts)}")
         if column == 0:
             axes.set_ylabel("expert")
-    bar = add_axes(figure, left, 0.85 + down * (height + 0.75) - 0.02, 2.6, 0.09)
-    figure.colorbar(image, cax=bar, orientation="horizontal", label="N × share")
+    if image is not None:
+        bar = add_axes(figure, left, _HEAD + down * row_height + 0.1, 2.0, 0.09)
+        figure.colorbar(image, cax=bar, orientation="horizontal", label="N × share")
+    _overlap_lines(figure, overlaps, order, _HEAD + down * row_height + 0.75, left)
     return figure
+
+
+def _selection_map(axes, part: pl.DataFrame, experts: int, norm: TwoSlopeNorm):
+    """Experts by steps; returns the image."""
+    steps = sorted(part["step"].unique())
+    shares = np.full((experts, len(steps)), np.nan)
+    shares[part["expert"].cast(pl.Int64), [steps.index(step) for step in part["step"]]] = part["value"] * experts
+    order = np.argsort(-shares[:, 0], kind="stable")
+    image = axes.imshow(shares[order], cmap=_DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_yticks([])
+    places = sorted({0, len(steps) // 2, len(steps) - 1})
+    axes.set_xticks(places, [str(steps[place]) for place in places])
+    axes.set_xlabel("step")
+    return image
+
+
+def _overlap_lines(figure: Figure, overlaps: pl.DataFrame, order: list[str], top: float, left: float) -> None:
+    """A panel for each layer, at most three: the overlap with the choices of before the tuning, a line for each arm."""
+    layers = sorted(overlaps["layer"].unique())[-3:]
+    width = (WIDTH - left - 0.1 - 0.3 * 2) / 3
+    arms_shown = [arm for arm in order if arm in set(overlaps["arm"])]
+    for column, layer in enumerate(layers):
+        axes = add_axes(figure, left + column * (width + 0.3), top, width, 0.95)
+        rows = overlaps.filter(pl.col("layer") == layer)
+        axes.axhline(rows["chance"][0], color="0.45", linestyle="--", linewidth=0.8)
+        for number, arm in enumerate(arms_shown):
+            own = rows.filter(pl.col("arm") == arm).group_by("step").agg(
+                pl.col("value").mean(), pl.col("value").min().alias("low"), pl.col("value").max().alias("high")
+            ).sort("step")  # fmt: skip
+            axes.plot(own["step"].to_numpy(), own["value"].to_numpy(), **(_look(number) | {"linestyle": "-"}))
+            axes.fill_between(own["step"], own["low"], own["high"], color=COLOURS[number % len(COLOURS)], alpha=0.15)
+        axes.set(ylim=(0, 1.03), title=f"layer {layer}", xlabel="step")
+        if column == 0:
+            axes.set_ylabel("overlap")
+    handles = [Line2D([], [], label=arm, **(_look(i) | {"linestyle": "-"})) for i, arm in enumerate(arms_shown)]
+    if handles:
+        figure.legend(handles=handles, loc="lower left", ncols=min(len(handles), 4), bbox_to_anchor=(0.02, 0.0))
 
 
 FIGURES = {"arms": arms, "grid": grid, "layers": layers, "fraction": fraction, "selection": selection}

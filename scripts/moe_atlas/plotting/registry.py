@@ -84,7 +84,7 @@ EMOE_TUNING: dict[str, Experiment] = {
     "grid": Experiment("Experts and chosen experts, against dense tuning", ("emoe_differences",), ()),
     "layers": Experiment("Place of the converted layers, against dense tuning", ("emoe_differences",), ()),
     "fraction": Experiment("Share of the training data", ("emoe_runs",), ()),
-    "selection": Experiment("Chosen experts during tuning", ("emoe_selection",), ()),
+    "selection": Experiment("Chosen experts during tuning", ("emoe_training_selection",), ()),
 }
 EMOE_FIGURES = EMOE_MECHANISM | EMOE_TUNING
 
