@@ -105,7 +105,8 @@ def _panel_of_gates(axes, panel: pl.DataFrame, chance: bool) -> None:
             level = own["chance"][0]
             axes.hlines(level, place - 0.4, place + 0.4, color="0.75", linewidth=3, zorder=0)
         for number, split in enumerate(SPLITS):
-            points(axes, np.full(1, place + 0.24 * (number - 1)), own.filter(pl.col("split") == split), _LOOKS[split])
+            mine = own.filter(pl.col("split") == split)
+            points(axes, np.full(len(mine), place + 0.24 * (number - 1)), mine, _LOOKS[split])
 
 
 def mass(model: str, corpus: str, frames: dict[str, pl.DataFrame]) -> Figure:

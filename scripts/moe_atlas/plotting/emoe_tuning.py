@@ -47,8 +47,8 @@ def _main(table: pl.DataFrame, *columns: str) -> pl.DataFrame:
         common = _most_frequent(table.filter(pl.col("arm") == _EMOE)[column])
         parts = []
         for part in table.partition_by("arm", maintain_order=True):
-            value = common if (part[column] == common).any() else _most_frequent(part[column])
-            parts.append(part.filter((pl.col(column) == value) | pl.col(column).is_null()))
+            value = common if common in part[column] else _most_frequent(part[column])
+            parts.append(part.filter(pl.col(column).is_null() | pl.col(column).eq_missing(pl.lit(value))))
         table = pl.concat(parts) if parts else table
     return table
 
@@ -174,9 +174,10 @@ def fraction(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figu
     if len(shares) < 2:
         return sentence(title_of("fraction", model), "All models were tuned on the same share of the training data.")
     names = [arm for arm in ("dense", _EMOE) if arm in set(runs["arm"])]
-    runs = runs.with_columns(low=pl.col("value"), high=pl.col("value"))
 
     def draw(axes, rows: pl.DataFrame, first: bool) -> None:
+        for chance in set(rows["chance"].drop_nulls()):
+            axes.axhline(chance, color="0.45", linestyle="--", linewidth=0.8)
         for number, arm in enumerate(names):
             own = rows.filter(pl.col("arm") == arm)
             look = _look(number)
@@ -192,8 +193,8 @@ def fraction(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figu
         axes.set_xlabel("share of the training data")
 
     handles = [Line2D([], [], label=arm, **(_look(i) | {"linestyle": "-"})) for i, arm in enumerate(names)]
-    subtitle = "The metric; a dot is a seed, lines join the means. Intervals of the differences are in emoe_differences"
-    table = runs.select("task", "test", "arm", "fraction", "value", "low", "high")
+    subtitle = "The metric; a dot is a seed, lines join the means, dashed is chance. emoe_differences has the intervals"
+    table = runs.select("task", "test", "arm", "fraction", "value", "chance")
     figure = _grid(
         title_of("fraction", model), subtitle, table, draw, 1.3, handles=handles, label="metric", shared=False
     )
@@ -211,10 +212,10 @@ def selection(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Fig
     )
     overlaps = table.filter(pl.col("measure") == "overlap_first")
     shown, across = parts[:_MOST_PANELS], 3
-    left, gap, height, row_height = 0.6, 0.3, 1.3, 1.85
+    left, gap, height, row_height = 0.6, 0.3, 1.2, 1.75
     width = (WIDTH - left - 0.1 - gap * (across - 1)) / across
     down = -(-len(shown) // across)
-    figure = new_figure(WIDTH, _HEAD + down * row_height + 0.45 + 2.2)
+    figure = new_figure(WIDTH, _HEAD + down * row_height + 2.65)
     cut = f" (first {len(shown)} of {len(parts)})" if len(parts) > len(shown) else ""
     subtitle = (
         f"Task {table['task'][0]}, the same texts at each step. Above: N × share of the choices, one seed, experts "
@@ -226,9 +227,11 @@ def selection(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Fig
     image = None
     for number, ((arm, _, layer, experts, k), part) in enumerate(shown):
         row, column = divmod(number, across)
-        axes = add_axes(figure, left + column * (width + gap), _HEAD + 0.15 + row * row_height, width, height)
+        axes = add_axes(figure, left + column * (width + gap), _HEAD + 0.25 + row * row_height, width, height)
         image = _selection_map(axes, part, experts, norm)
         axes.set_title(f"{arm}, layer {layer}\nN = {experts}, {share_text(k, experts)}")
+        if number + across < len(shown):  # the panel below has the label
+            axes.set_xlabel("")
         if column == 0:
             axes.set_ylabel("expert")
     if image is not None:
