@@ -93,7 +93,14 @@ def choice_rows(sums: Sequence[SplitSums], generator: np.random.Generator) -> li
 def _differences(measure: str, drawn: Mapping[str, np.ndarray], fields: Row) -> list[Row]:
     """What clusters have above each other split, by the same resamples of documents."""
     return [
-        _row(f"{measure}_difference", drawn["cluster"] - drawn[rule], split="cluster", other=rule, chance=0.0, **fields)
+        _row(
+            f"{measure}_difference",
+            drawn["cluster"] - drawn[rule],
+            split="cluster",
+            other=f"{rule} split",
+            chance=0.0,
+            **fields,
+        )
         for rule in drawn
         if rule != "cluster"
     ]
@@ -219,8 +226,8 @@ def loss_rows(
         fields |= {"gate": gate, "chance": 0.0}
         splits = [other for other in RULES if other != rule] if rule == "cluster" else []
         gates = [other for other in GATES if other != gate] if gate == "avg-k" else []
-        others = [(other, (layers, experts, k, gate, other)) for other in splits]
-        others += [(other, (layers, experts, k, other, rule)) for other in gates]
+        others = [(f"{other} split", (layers, experts, k, gate, other)) for other in splits]
+        others += [(f"{other} gate", (layers, experts, k, other, rule)) for other in gates]
         for other, key in others:
             if key in rises:
                 yield layer, _row("loss_rise_difference", drawn - rises[key], other=other, **fields)

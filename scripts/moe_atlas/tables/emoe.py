@@ -23,7 +23,7 @@ EMOE: dict[str, Table] = {
             (
                 "other",
                 STRING,
-                "of a difference: the split or gate that is taken off; of a divergence: the other corpus",
+                "of a difference what is taken off, such as random split or oracle gate; of a divergence a corpus",
             ),
             ("value", NUMBER, "mean over the seeds of the split"),
             ("chance", NUMBER, "what a choice or a split that knows nothing gives; results/README.md says which"),
