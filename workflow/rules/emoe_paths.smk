@@ -6,6 +6,25 @@ from moe_atlas.tables import EMOE, TUNING
 EMOE_TABLES = [name for name, declared in (EMOE | TUNING).items() if declared.path == f"tables/{name}.parquet"]
 
 
+def derivation_file(name):
+    """Last file that is written when a dense model becomes an EMoE."""
+    return f"{sheets.CHECKPOINTS}/{name}/emoe.json"
+
+
+def derivation_options(wildcards):
+    """Options of derive_emoe.py: how this row's experts are made."""
+    row = model(wildcards)
+    values = {
+        "--experts": row.emoe_experts,
+        "--top-k": row.emoe_top_k,
+        "--layers": row.emoe_layers or "all",
+        "--score": row.emoe_score,
+        "--split": row.emoe_split,
+        "--seed": row.emoe_seed,
+    }
+    return [str(part) for pair in values.items() for part in pair]
+
+
 def emoe_models():
     """Dense models of the mechanism test: those that the config names, or else those that other rows name as reference."""
     named = CONFIG["emoe_models"].split()

@@ -17,11 +17,6 @@ def training_file(recipe):
     return f"{sheets.CHECKPOINTS}/{recipe}/training.json"
 
 
-def derivation_file(name):
-    """Last file that is written when a dense model becomes an EMoE."""
-    return f"{sheets.CHECKPOINTS}/{name}/emoe.json"
-
-
 def checkpoint_source(wildcards):
     """The small file that stands for a checkpoint; its weights are in the fingerprint."""
     row = model(wildcards)
@@ -63,20 +58,6 @@ def corpus_parts(wildcards):
     """What the jobs that a pass over a corpus is dealt to write."""
     folder, count = f"results/models/{wildcards.model}/behavioral/{wildcards.corpus}/parts", corpus(wildcards).parts
     return [f"{folder}/{number}-of-{count}/activations.safetensors" for number in range(1, count + 1)]
-
-
-def derivation_options(wildcards):
-    """Options of derive_emoe.py: how this row's experts are made."""
-    row = model(wildcards)
-    values = {
-        "--experts": row.emoe_experts,
-        "--top-k": row.emoe_top_k,
-        "--layers": row.emoe_layers or "all",
-        "--score": row.emoe_score,
-        "--split": row.emoe_split,
-        "--seed": row.emoe_seed,
-    }
-    return [str(part) for pair in values.items() for part in pair]
 
 
 def start_recipe(wildcards):
