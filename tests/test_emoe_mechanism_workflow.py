@@ -10,7 +10,7 @@ from workflow_runs import ROOT, copy_repository, counts, planned, read_sheet, sn
 from moe_atlas import tables
 from moe_atlas.plotting.registry import EMOE_MECHANISM
 
-GRID = ("emoe_grid=4:1,4 8:2", "emoe_seeds=2", "emoe_loss_tokens=100", "emoe_models=local")
+GRID = ("mechanism_grid=4:1,4 8:2", "mechanism_seeds=2", "mechanism_loss_tokens=100", "mechanism_models=local")
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def test_the_target_emoe_has_every_table_figure_and_the_notebook(atlas):
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ("emoe_models=other", "config, key emoe_models: the model sheet has no enabled row other."),
-        ("emoe_grid=some", "config, key emoe_grid: 'some' is not allowed here; write N:k,k"),
-        ("emoe_seeds=0", "config, key emoe_seeds: 0 is below 1; write a whole number from 1"),
+        ("mechanism_models=other", "config, key mechanism_models: the model sheet has no enabled row other."),
+        ("mechanism_grid=some", "config, key mechanism_grid: 'some' is not allowed here; write N:k,k"),
+        ("mechanism_seeds=0", "config, key mechanism_seeds: 0 is below 1; write a whole number from 1"),
     ],
 )
 def test_a_faulty_value_ends_with_a_sentence(atlas, given, sentence):
@@ -68,7 +68,7 @@ def test_a_small_model_is_tested_and_a_change_repeats_what_reads_it(atlas):
     assert frame["layer"].unique().drop_nulls().to_list() == [1]  # of two layers every second one, the last among them
     assert (atlas / figure).stat().st_size > 10_000
     assert planned(atlas, figure, "--config", *GRID) == []
-    jobs = planned(atlas, figure, "--config", *GRID[:1], "emoe_seeds=3", *GRID[2:])
+    jobs = planned(atlas, figure, "--config", *GRID[:1], "mechanism_seeds=3", *GRID[2:])
     assert counts(jobs) == {"emoe_mechanism": 1, "aggregate_emoe": 1, "plot_emoe": 1}
     code = atlas / "scripts/moe_atlas/modularity/frames.py"
     code.write_text(code.read_text(encoding="utf-8") + "\n# a comment\n", encoding="utf-8")

@@ -1,6 +1,6 @@
 # The mechanism test of EMoE: whether the FFNs of dense models are modular before any tuning. Not part of `all`.
 #
-# Inputs    checkpoint.json of the dense models that emoe_models names, the weights, the long corpora
+# Inputs    checkpoint.json of the dense models that mechanism_models names, the weights, the long corpora
 # Outputs   results/models/{model}/emoe/{table}.parquet, results/tables/{table}.{parquet,csv} for emoe_mechanism,
 #           emoe_selection and emoe_correlation, results/figures/emoe/{backbone}/{figure}.{png,pdf}
 # Cost      three minutes for a demo model on one core: 330 masked forward passes over 4000 tokens of each corpus; on the
@@ -32,10 +32,10 @@ rule emoe_mechanism:
         gpu_jobs=gpu_jobs,
     params:
         corpora=[part for c in corpora_of(["long"]) for part in ("--corpus", c, f"results/corpora/{c}.parquet")],
-        grid=CONFIG["emoe_grid"],
-        layers=["--layers", *CONFIG["emoe_layers"].split()] if CONFIG["emoe_layers"] else [],
-        seeds=CONFIG["emoe_seeds"],
-        tokens=CONFIG["emoe_loss_tokens"],
+        grid=CONFIG["mechanism_grid"],
+        layers=["--layers", *CONFIG["mechanism_layers"].split()] if CONFIG["mechanism_layers"] else [],
+        seeds=CONFIG["mechanism_seeds"],
+        tokens=CONFIG["mechanism_loss_tokens"],
         seed=CONFIG["seed"],
         dtype=lambda wildcards: model(wildcards).dtype,
         device=device,

@@ -27,10 +27,10 @@ def derivation_options(wildcards):
 
 def emoe_models():
     """Dense models of the mechanism test: those that the config names, or else those that other rows name as reference."""
-    named = CONFIG["emoe_models"].split()
+    named = CONFIG["mechanism_models"].split()
     unknown = [name for name in named if name not in MODELS]
     if unknown:
-        raise WorkflowError(f"config, key emoe_models: the model sheet has no enabled row {', '.join(unknown)}.")
+        raise WorkflowError(f"config, key mechanism_models: the model sheet has no enabled row {', '.join(unknown)}.")
     wanted = named or {row.dense_reference for row in MODELS.values()}
     return [name for name, row in MODELS.items() if name in wanted and row.keep]
 
@@ -53,7 +53,9 @@ def emoe_mechanism_files():
     """Figures of the mechanism test of every model; a sentence where there is no dense model to test."""
     models = emoe_models()
     if not models:
-        raise WorkflowError("EMoE: no row of the model sheet is a dense_reference; name a dense model in emoe_models.")
+        raise WorkflowError(
+            "EMoE: no row of the model sheet is a dense_reference; name a dense model in mechanism_models."
+        )
     return [f"results/figures/emoe/{model}/{name}.png" for model in models for name in emoe_figures(EMOE_MECHANISM)]
 
 
