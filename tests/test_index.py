@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from moe_atlas import pages, tables
 from moe_atlas.log import size
+from moe_atlas.plotting.base import sentence
 from moe_atlas.plotting.comparison import compare
 from moe_atlas.plotting.model import plot_all, read_tables
 from moe_atlas.plotting.registry import EXPERIMENTS, split
@@ -79,6 +80,8 @@ def made(tmp_path_factory):
     load.write_csv(results / "tables" / "load.csv")
     save(compare("load_balance", {"load": load}), results / "figures" / "comparison" / "load_balance.png")
     (results / "notebooks").mkdir()
+    save(sentence("toy-dense", "A figure of EMoE."), results / "figures" / "emoe" / "toy-dense" / "mass.prose.png")
+    (results / "notebooks" / "emoe.html").write_text("<html></html>")
     (results / "notebooks" / "parametric-toy-eight.html").write_text("<html></html>")
     (results / "figures" / "toy-eight" / "load.prose" / "layer_1_auto.pdf").unlink()  # listed, but gone
     return run
@@ -102,7 +105,8 @@ def test_what_exists_is_linked(made):
     for pattern in ("figures/toy-eight/*/*.p*", "models/*/**/*.parquet", "tables/*", "figures/comparison/*"):
         files = {path.relative_to(results).as_posix() for path in results.glob(pattern)}
         assert files and files <= linked, sorted(files - linked)
-    assert "notebooks/parametric-toy-eight.html" in linked
+    assert {"notebooks/parametric-toy-eight.html", "notebooks/emoe.html"} <= linked
+    assert "figures/emoe/toy-dense/mass.prose.png" in linked
     text = " ".join(links.text)
     assert "61.2" in text and "412.5" in text
     assert "A dense model: it has no experts in any layer" in text

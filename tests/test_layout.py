@@ -48,6 +48,7 @@ ALLOWED = {
     "devices": set(),
     "scan": set(),
     "claims": {"parametric", "sheets"},
+    "modularity": {"behavioral", "emoe", "probe", "stream", "text_index", "tokens"},
     "parallel": set(),
     "parametric": {"architectures", "parallel"},
     "behavioral": set(),

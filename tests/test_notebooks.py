@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import emoe_tables
 import nbformat
 import pytest
 import synthetic
@@ -18,6 +19,7 @@ PARAMETERS = {
     "parametric": {"model", "results"},
     "behavioral": {"model", "corpora", "results"},
     "comparison": {"models", "corpora", "results"},
+    "emoe": {"models", "corpora", "results"},
 }
 
 
@@ -41,6 +43,8 @@ def results(tmp_path_factory):
     for name in tables.ACROSS:
         frame = pl.concat([synthetic.across(toy)[name] for toy in toys])
         tables.write(name, frame, folder / "tables" / f"{name}.parquet")
+    for name, frame in emoe_tables.frames().items():
+        tables.write(name, frame, folder / "tables" / f"{name}.parquet")
     return folder
 
 
@@ -51,7 +55,7 @@ def run(notebook, executed, html, parameters, cwd):
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=environment)
 
 
-def test_there_are_three():
+def test_there_are_four():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(PARAMETERS)
 
 
@@ -76,6 +80,7 @@ def test_notebook_is_stripped_and_declares_its_parameters(name):
         ("behavioral", {"model": "toy-eight", "corpora": ["prompt", "prose"]}, ["MaxVio", "prose", "chance"]),
         ("behavioral", {"model": "toy-dense"}, ["this is a dense model"]),
         ("comparison", {"models": ["toy-eight", "toy-dense"]}, ["Dense models", "toy-dense"]),
+        ("emoe", {"corpora": ["prose"]}, ["Dense models: toy; texts: prose", "by chance it would be"]),
     ],
 )
 def test_notebook_runs_and_its_page_needs_no_network(results, name, parameters, expected):

@@ -5,8 +5,8 @@ from pathlib import Path
 from moe_atlas.files import read_json
 from moe_atlas.log import size
 from moe_atlas.pages import escape, href, link, page, table
-from moe_atlas.plotting.registry import COMPARISON_TITLES, EXPERIMENTS, FORMATS, RANGES, split
-from moe_atlas.tables import ACROSS, TABLES
+from moe_atlas.plotting.registry import COMPARISON_TITLES, EMOE_FIGURES, EXPERIMENTS, FORMATS, RANGES, split
+from moe_atlas.tables import ACROSS, EMOE, TABLES, TUNING
 
 INTRODUCTION = """<h1>MoE Atlas</h1>
 <p>What mixture-of-experts language models look like inside: the weights of their experts, their routers, and what the
@@ -75,6 +75,27 @@ def comparison_section(results: Path) -> str:
     return f'<h2>Models side by side</h2>{first}<div class="grid">{"".join(items)}</div>'
 
 
+def emoe_section(results: Path) -> str:
+    """Notebook and figures of EMoE, where it was run, by dense model."""
+    directory, parts, order = results / "figures" / "emoe", [], list(EMOE_FIGURES)
+    for folder in sorted(path for path in directory.glob("*") if path.is_dir()):
+        images = [path for path in folder.glob("*.png") if split(path.stem)[0] in EMOE_FIGURES]
+        items = []
+        for image in sorted(images, key=lambda path: (order.index(split(path.stem)[0]), path.stem)):
+            name, corpus = split(image.stem)
+            files = [image.with_name(f"{image.stem}.{suffix}") for suffix in FORMATS]
+            below = " · ".join(link(path, results, path.suffix[1:]) for path in files if path.is_file())
+            title = EMOE_FIGURES[name].title + (f" · {corpus}" if corpus else "")
+            items.append(picture(image, results, title, below))
+        if items:
+            parts.append(f'<h3>{escape(folder.name)}</h3><div class="grid">{"".join(items)}</div>')
+    notebook = results / "notebooks" / "emoe.html"
+    first = f"<p>Read first: {link(notebook, results, 'EMoE notebook')}.</p>" if notebook.is_file() else ""
+    if not parts and not first:
+        return ""
+    return f"<h2>EMoE: experts in the FFNs of dense models</h2>{first}{''.join(parts)}"
+
+
 def layer_links(manifest: Path, base: Path) -> str:
     """Links to the figures of single layers that a manifest lists and that exist."""
     by_layer: dict[str, dict] = {}
@@ -135,7 +156,7 @@ def model_section(model: str, results: Path) -> str:
 def tables_section(results: Path) -> str:
     """The tables over all models, with what each column means."""
     rows = []
-    for name, declared in (TABLES | ACROSS).items():
+    for name, declared in (TABLES | ACROSS | EMOE | TUNING).items():
         files = [results / "tables" / f"{name}.{suffix}" for suffix in ("parquet", "csv")]
         files = [path for path in files if path.is_file()]
         if files:
@@ -161,6 +182,7 @@ def index(models: list[str], results: Path) -> str:
         INTRODUCTION,
         models_section(models, results),
         comparison_section(results),
+        emoe_section(results),
         *(model_section(model, results) for model in models),
         tables_section(results),
         files_section("Notebooks", sorted((results / "notebooks").glob("*.html")), results),

@@ -35,13 +35,6 @@ def tuned_files(name):
     return [f"results/emoe/runs/{job.study}/{job.model}/{job.task}/{job.part}/{name}" for job in TUNINGS.jobs()]
 
 
-rule emoe:
-    """Everything of EMoE's fine-tuning."""
-    input:
-        expand("results/tables/{table}.parquet", table=["emoe_runs", "emoe_differences", "emoe_training_selection"]),
-    localrule: True
-
-
 rule tune_emoe:
     """Tune a model on a task in some arms, with all their seeds."""
     input:

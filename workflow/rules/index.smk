@@ -1,6 +1,6 @@
 # Index: the page that links every model, figure, table and notebook.
 #
-# Inputs    everything else
+# Inputs    everything else; what EMoE has made, where it was run
 # Outputs   results/index.html
 # Cost      a second; no GPU
 rule make_index:
@@ -25,6 +25,8 @@ rule make_index:
         runtime=10,
     params:
         models=list(MODELS),
+        # Linked when they are there; never a reason to make them.
+        emoe=lambda wildcards: emoe_shown(),
     shell:
         """
         exec >{log:q} 2>&1

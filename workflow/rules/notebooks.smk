@@ -1,8 +1,8 @@
 # Notebooks: executed by papermill and converted to HTML.
 #
 # Inputs    notebooks/*.ipynb; the tables they read
-# Outputs   results/notebooks/{notebook}-{model}.html, results/notebooks/comparison.html. The executed .ipynb beside each
-#           is no declared output: it stays when a cell fails, to read why.
+# Outputs   results/notebooks/{notebook}-{model}.html, results/notebooks/{comparison,emoe}.html. The executed .ipynb beside
+#           each is no declared output: it stays when a cell fails, to read why.
 # Cost      seconds; no GPU
 rule model_notebook:
     """The parametric or the behavioral notebook of one model."""
@@ -61,6 +61,37 @@ rule comparison_notebook:
     params:
         executed=lambda wildcards, output: str(PurePath(output[0]).with_suffix(".ipynb")),
         parameters=lambda wildcards: json.dumps({"models": list(MODELS)}),
+    shell:
+        """
+        exec >{log:q} 2>&1
+        python {input.code[0]:q} --notebook {input.notebook:q} --executed {params.executed:q} --html {output:q} \
+            --parameters {params.parameters:q}
+        """
+
+
+rule emoe_notebook:
+    """The notebook of EMoE, of all models."""
+    input:
+        code=code("scripts/run_notebook.py"),
+        notebook="notebooks/emoe.ipynb",
+        library=code("notebooks/emoe.ipynb")[1:],
+        tables=[f"results/tables/{table}.parquet" for table in EMOE_TABLES],
+    output:
+        "results/notebooks/emoe.html",
+    log:
+        "results/logs/emoe_notebook.log",
+    benchmark:
+        "results/benchmarks/emoe_notebook.tsv"
+    localrule: True
+    conda:
+        "../envs/notebooks.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        executed=lambda wildcards, output: str(PurePath(output[0]).with_suffix(".ipynb")),
+        parameters=json.dumps({"corpora": corpora_of(["long"])}),
     shell:
         """
         exec >{log:q} 2>&1

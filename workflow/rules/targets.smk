@@ -6,6 +6,7 @@ localrules:
     tables,
     figures,
     notebooks,
+    emoe,
 
 
 rule checkpoints:
@@ -44,3 +45,12 @@ rule notebooks:
     input:
         expand("results/notebooks/{notebook}-{model}.html", notebook=["parametric", "behavioral"], model=MODELS),
         "results/notebooks/comparison.html",
+
+
+rule emoe:
+    """What EMoE makes of dense models, before tuning and tuned: tables, figures, notebook. No part of `all`."""
+    input:
+        expand("results/tables/{table}.{format}", table=EMOE_TABLES, format=["parquet", "csv"]),
+        lambda wildcards: emoe_mechanism_files(),
+        lambda wildcards: emoe_tuned_files(),
+        "results/notebooks/emoe.html",

@@ -69,6 +69,25 @@ COMPARISON_TITLES: dict[str, str] = {
     "claims": "Claims of the paper, judged for each model",
 }
 
+# Figures of EMoE, of one dense model: before any tuning, and of its fine-tuning.
+EMOE_MECHANISM: dict[str, Experiment] = {
+    "mass": Experiment("Activation that the chosen experts hold", ("emoe_mechanism",), ("long",)),
+    "agreement": Experiment("Agreement of the avg-k gate with an oracle", ("emoe_mechanism",), ("long",)),
+    "correlation": Experiment("Correlation of neurons within and between experts", ("emoe_mechanism",), ("long",)),
+    "correlation_map": Experiment("Correlation of neurons, by index and by cluster", ("emoe_correlation",), ("long",)),
+    "loss": Experiment("Rise of the loss with chosen experts only", ("emoe_mechanism",), ("long",)),
+    "layer_loss": Experiment("Rise of the loss when one layer is masked", ("emoe_mechanism",), ("long",)),
+    "corpora": Experiment("Experts by corpus", ("emoe_selection",), ()),
+}
+EMOE_TUNING: dict[str, Experiment] = {
+    "arms": Experiment("Ways to tune, against dense tuning", ("emoe_differences",), ()),
+    "grid": Experiment("Experts and chosen experts, against dense tuning", ("emoe_differences",), ()),
+    "layers": Experiment("Place of the converted layers, against dense tuning", ("emoe_differences",), ()),
+    "fraction": Experiment("Share of the training data", ("emoe_runs",), ()),
+    "selection": Experiment("Chosen experts during tuning", ("emoe_training_selection",), ()),
+}
+EMOE_FIGURES = EMOE_MECHANISM | EMOE_TUNING
+
 RANGES = ("auto", "full")
 FORMATS = ("png", "pdf")
 

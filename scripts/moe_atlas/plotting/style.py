@@ -76,7 +76,8 @@ def add_axes(figure: Figure, left: float, top: float, width: float, height: floa
 def heading(figure: Figure, title: str, subtitle: str) -> None:
     """Top left: what it is of, then what is drawn and in which unit, on a second line where it is long."""
     if "\n" not in subtitle:
-        subtitle = textwrap.fill(subtitle, int(16 * figure.get_figwidth()))  # 16 characters an inch at 8 points
+        whole = subtitle.replace(" %", "\u00a0%")  # a number and its unit stay on one line
+        subtitle = textwrap.fill(whole, int(16 * figure.get_figwidth()))  # 16 characters an inch at 8 points
     _, height = figure.get_size_inches()
     figure.text(0.08 / figure.get_figwidth(), 1 - 0.06 / height, title, fontsize=9, fontweight="bold", va="top")
     figure.text(0.08 / figure.get_figwidth(), 1 - 0.25 / height, subtitle, fontsize=8, va="top", color="0.25")

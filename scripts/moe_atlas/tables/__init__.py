@@ -15,6 +15,7 @@ from moe_atlas.files import atomic_path
 from moe_atlas.tables.across import ACROSS
 from moe_atlas.tables.behavioral import BEHAVIORAL, CHOOSING_SCORES, DOCUMENT_MEASURES, GROUPINGS, SCORES
 from moe_atlas.tables.columns import Table
+from moe_atlas.tables.emoe import EMOE
 from moe_atlas.tables.parametric import PARAMETRIC
 from moe_atlas.tables.tuning import TUNING
 
@@ -22,6 +23,7 @@ __all__ = [
     "ACROSS",
     "CHOOSING_SCORES",
     "DOCUMENT_MEASURES",
+    "EMOE",
     "GROUPINGS",
     "SCORES",
     "TABLES",
@@ -39,8 +41,8 @@ TABLES: dict[str, Table] = PARAMETRIC | BEHAVIORAL
 
 
 def declared(name: str) -> Table:
-    """The table of this name, of one model, across models or of fine-tuning."""
-    return (TABLES | ACROSS | TUNING)[name]
+    """The table of this name: of one model, across models, of EMoE or of fine-tuning."""
+    return (TABLES | ACROSS | EMOE | TUNING)[name]
 
 
 def conform(name: str, frame: pl.DataFrame) -> pl.DataFrame:
