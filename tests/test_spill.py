@@ -87,7 +87,7 @@ DEMO_SHAPE = {
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 def test_peak_memory_does_not_grow_with_the_text(tmp_path):
-    """A layer of demo-mixtral's shape on 3 thousand tokens and on 120 thousand, whose hidden states going in and out are 60 MB each.
+    """A layer of demo-mixtral's shape on 3 thousand tokens and on 120 thousand: 60 MB go into it, and 60 come out.
 
     More layers take no more memory (test_stream.py), and with all four this takes minutes.
     """

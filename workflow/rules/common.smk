@@ -32,7 +32,7 @@ METHODS = {
     "prepare_corpus": 1,
     "train_demo_checkpoint": 1,
     "describe_checkpoint": 2,
-    "weight_statistics": 1,
+    "weight_statistics": 2,
     "extract_activations": 5,
 }
 
