@@ -1,4 +1,4 @@
-"""`snakemake emoe` on a tiny model: from texts to tables, and what a change of the settings runs again."""
+"""The fine-tuning of a tiny model: from texts to tables, and what a change of the settings runs again."""
 
 import polars as pl
 import pytest
@@ -14,6 +14,7 @@ from moe_atlas.tuning.arms import ARMS
 from moe_atlas.tuning.settings import load_settings
 
 FOLDER = "checkpoints/tiny"
+TARGET = "results/tables/emoe_runs.parquet"
 SETTINGS = {
     "models": {"tiny": {"folder": FOLDER, "ready": f"{FOLDER}/config.json"}},
     "tasks": {"source": {"source": "demo:source", "metric": "accuracy"}},
@@ -42,7 +43,7 @@ def atlas(tmp_path_factory):
     torch.manual_seed(0)
     save_checkpoint(MistralForCausalLM(config), train_tokenizer(["prose or code"], 300), folder / FOLDER, 0)
     write(folder, SETTINGS)
-    snakemake(folder, "emoe")
+    snakemake(folder, TARGET)
     return folder
 
 
@@ -61,10 +62,10 @@ def test_the_tables_have_every_run(atlas):
 
 
 def test_a_change_runs_what_it_is_about(atlas):
-    assert "Nothing to be done" in snakemake(atlas, "-n", "emoe")
+    assert "Nothing to be done" in snakemake(atlas, "-n", TARGET)
     studies = SETTINGS["studies"]
     write(atlas, SETTINGS | {"studies": studies | {"grid": studies["grid"] | {"seeds": 1}}})
-    jobs = planned(atlas, "emoe")
+    jobs = planned(atlas, TARGET)
     assert counts(jobs) == {"tune_emoe": 1, "compare_emoe": 1}
     assert {job.wildcards["study"] for job in jobs if job.rule == "tune_emoe"} == {"grid"}
     write(atlas, SETTINGS)
@@ -72,7 +73,7 @@ def test_a_change_runs_what_it_is_about(atlas):
 
 def test_faulty_settings_end_the_run_with_a_sentence(atlas):
     write(atlas, SETTINGS | {"studies": {"arms": {"arms": ["denes"]}}})
-    printed = snakemake(atlas, "-n", "emoe", check=False)
+    printed = snakemake(atlas, "-n", TARGET, check=False)
     write(atlas, SETTINGS)
     assert "config/emoe.yaml, studies, arms, arms: denes is not one of dense" in printed and "Traceback" not in printed
 
@@ -80,7 +81,7 @@ def test_faulty_settings_end_the_run_with_a_sentence(atlas):
 def test_the_shipped_settings_need_these_jobs():
     settings = load_settings(ROOT / "config/emoe.yaml")
     expected = {"prepare_task": len(settings.tasks), "tune_emoe": len(settings.jobs()), "compare_emoe": 1}
-    assert counts(planned(ROOT, "--forceall", "emoe")) == expected | {"train_demo_checkpoint": 1}
+    assert counts(planned(ROOT, "--forceall", TARGET)) == expected | {"train_demo_checkpoint": 1}
 
 
 def test_the_settings_of_the_paper_are_whole():

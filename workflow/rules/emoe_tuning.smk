@@ -4,37 +4,6 @@
 # Inputs    the settings that the config names, config/emoe.yaml; pre-trained models; tasks
 # Outputs   results/emoe/, results/tables/emoe_{runs,differences,training_selection}.{parquet,csv}
 # Cost      about 20 minutes on two cores with the shipped settings; no GPU, no network
-from moe_atlas.tables import TUNING
-from moe_atlas.tuning.settings import load_settings
-
-try:
-    TUNINGS = load_settings(CONFIG["emoe"])
-except AtlasError as error:
-    raise WorkflowError(str(error)) from None
-
-
-def tuning_job(wildcards):
-    """What a job tunes."""
-    return TUNINGS.job(wildcards.study, wildcards.tuned, wildcards.task, int(wildcards.part))
-
-
-def tuning_digest(wildcards):
-    """Changes with what the settings say of this job, so that another study's numbers repeat nothing."""
-    job = tuning_job(wildcards)
-    parts = (job, TUNINGS.studies[job.study], TUNINGS.training, TUNINGS.copies, TUNINGS.tasks[job.task])
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def data_file(task):
-    """The file of data sets of a task; empty where its texts come with CPython."""
-    return TUNINGS.tasks[task]["source"].partition("data:")[2]
-
-
-def tuned_files(name):
-    """Files of this name of all jobs."""
-    return [f"results/emoe/runs/{job.study}/{job.model}/{job.task}/{job.part}/{name}" for job in TUNINGS.jobs()]
-
-
 rule tune_emoe:
     """Tune a model on a task in some arms, with all their seeds."""
     input:
