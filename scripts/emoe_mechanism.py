@@ -62,8 +62,8 @@ def main() -> None:
     for number, (corpus, file) in enumerate(arguments.corpus):
         generator = np.random.default_rng([arguments.seed, number])
         text = read_text(checkpoint.directory, file)
-        observed[corpus] = observe(stream(), text.batches, text.index, layers, made, progress.step)
-        for layer, kept in observed[corpus].items():
+        observed[corpus] = {}
+        for layer, kept in observe(stream(), text.batches, text.index, layers, made, progress.step):
             rows = frames.choice_rows(kept.sums, generator)
             tokens = int(kept.sums[0].tokens.sum())
             rows += frames.correlation_rows(kept.sums, kept.correlation, tokens, generator)
@@ -71,7 +71,8 @@ def main() -> None:
             chosen = frames.selection_rows(kept.sums, generator)
             selection.append(frames.selection_frame(arguments.model, corpus, layer, chosen))
             maps.append(frames.correlation_frame(arguments.model, corpus, layer, kept.sums[0], kept.correlation))
-            kept.correlation = None
+            observed[corpus][layer] = kept.sums
+            del kept  # its correlations, before the next layer's
         short = thinned(text, arguments.loss_tokens)
         sums, tokens = masked_losses(
             stream(), short.batches, short.index.block, arms,
@@ -82,7 +83,7 @@ def main() -> None:
         say(f"{corpus}: loss {sums[0].sum() / tokens.sum():.3f} nats a token, {len(arms)} ways to mask the model")
     generator = np.random.default_rng([arguments.seed, len(observed)])
     for layer in layers:
-        rows = frames.domain_rows({corpus: kept[layer].sums for corpus, kept in observed.items()}, generator)
+        rows = frames.domain_rows({corpus: sums[layer] for corpus, sums in observed.items()}, generator)
         mechanism.append(frames.mechanism_frame(arguments.model, None, layer, rows))
     written = {"emoe_mechanism": (mechanism, arguments.mechanism), "emoe_selection": (selection, arguments.selection)}
     for name, (parts, path) in (written | {"emoe_correlation": (maps, arguments.correlation)}).items():

@@ -42,7 +42,7 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistral")
     families.save("mistral", folder, num_hidden_layers=3)
     made = LayerSplits(GRID, 2)
-    kept = observe(LayerStream(Checkpoint(folder)), TEXT.batches, TEXT.index, [1, 2], made)
+    kept = dict(observe(LayerStream(Checkpoint(folder)), TEXT.batches, TEXT.index, [1, 2], made))
     return folder, AutoModelForCausalLM.from_pretrained(folder).eval(), made, kept
 
 

@@ -1,6 +1,6 @@
 """One pass of a text through a dense model, one layer in memory at a time, that keeps what its FFNs' neurons did."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,22 +67,22 @@ def observe(
     layers: Sequence[int],
     made: LayerSplits,
     on_layer: Callable[[], None] = lambda: None,
-) -> dict[int, LayerSums]:
-    """What the neurons of these layers did on a text, by layer. The first token of each sequence is left out.
+) -> Iterator[tuple[int, LayerSums]]:
+    """(layer, what its neurons did on a text), for one of these layers after the other.
 
-    batches: of the text that `index` describes (probe.make_batches).
+    The first token of each sequence is left out. batches: of the text that `index` describes (probe.make_batches). What
+    is kept of one layer is given away before the next is read, so that one matrix of correlations is in memory.
     """
-    ffns, found = ffns_of(stream), {}
+    ffns = ffns_of(stream)
     stream.begin([batch.ids for batch in batches])
     for number in range(max(layers) + 1):
         with stream.layer(number):
             if number in layers:
-                found[number] = _observe(stream, ffns[number], batches, index, made)
+                yield number, _observe(stream, ffns[number], batches, index, made)
             else:
                 for batch in range(len(batches)):
                     stream.step(batch)
         on_layer()
-    return found
 
 
 def _value_norms(ffn: DenseFFN) -> torch.Tensor:
