@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_recomputation import save_tokenizer
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from moe_atlas import tables
 from moe_atlas.checkpoints import Checkpoint
@@ -36,11 +36,24 @@ MASKS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A small Mistral, its folder, and the splits of its layers 1 and 2 after one pass, with what was kept."""
-    folder = tmp_path_factory.mktemp("mistral")
-    families.save("mistral", folder, num_hidden_layers=3)
+def save_gpt2(folder) -> None:
+    """A small random GPT-2, whose matrices are stored the other way round and have biases."""
+    torch.manual_seed(0)
+    network = GPT2LMHeadModel(GPT2Config(n_embd=32, n_inner=48, n_layer=3, n_head=2, vocab_size=96))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.2)
+    network.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=["mistral", "gpt2"])
+def model(request, tmp_path_factory):
+    """A small model's folder, the model, and the splits of its layers 1 and 2 after one pass, with what was kept."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "gpt2":
+        save_gpt2(folder)
+    else:
+        families.save("mistral", folder, num_hidden_layers=3)
     made = LayerSplits(GRID, 2)
     kept = dict(observe(LayerStream(Checkpoint(folder)), TEXT.batches, TEXT.index, [1, 2], made))
     return folder, AutoModelForCausalLM.from_pretrained(folder).eval(), made, kept
