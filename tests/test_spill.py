@@ -87,15 +87,15 @@ DEMO_SHAPE = {
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 def test_peak_memory_does_not_grow_with_the_text(tmp_path):
-    """A layer of demo-mixtral's shape on 3 thousand tokens and on 276 thousand, as many as WikiText-103's validation.
+    """A layer of demo-mixtral's shape on 3 thousand tokens and on 120 thousand: 60 MB go into it, and 60 come out.
 
     More layers take no more memory (test_stream.py), and with all four this takes minutes.
     """
     families.save("mixtral", tmp_path, **DEMO_SHAPE)
     peaks = {}
-    for tokens in (3_000, 276_000):
+    for tokens in (3_000, 120_000):
         command = [sys.executable, "-c", PEAK, tmp_path, str(tokens)]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
         peaks[tokens], seconds = map(int, done.stdout.split()[-2:])
         print(f"{tokens} tokens: peak {peaks[tokens]} MiB, {seconds} s")
-    assert peaks[276_000] < 1.2 * peaks[3_000], peaks
+    assert peaks[120_000] < 1.2 * peaks[3_000], peaks

@@ -33,7 +33,7 @@ METHODS = {
     "train_demo_checkpoint": 1,
     "derive_emoe": 1,
     "describe_checkpoint": 2,
-    "weight_statistics": 1,
+    "weight_statistics": 2,
     "extract_activations": 6,
     "emoe_mechanism": 1,
     "fetch_task": 1,

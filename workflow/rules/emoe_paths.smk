@@ -26,12 +26,12 @@ def derivation_options(wildcards):
 
 
 def emoe_models():
-    """Dense models of the mechanism test: those that the config names, or else those that other rows name as reference."""
+    """Dense models of the mechanism test: those that the config names, or else those that other rows name or are made from."""
     named = CONFIG["mechanism_models"].split()
     unknown = [name for name in named if name not in MODELS]
     if unknown:
         raise WorkflowError(f"config, key mechanism_models: the model sheet has no enabled row {', '.join(unknown)}.")
-    wanted = named or {row.dense_reference for row in MODELS.values()}
+    wanted = named or {name for row in MODELS.values() for name in (row.dense_reference, row.dense)}
     return [name for name, row in MODELS.items() if name in wanted and row.keep]
 
 
@@ -50,12 +50,12 @@ def emoe_figures(figures):
 
 
 def emoe_mechanism_files():
-    """Figures of the mechanism test of every model; a sentence where there is no dense model to test."""
+    """Figures of the mechanism test of every model; a sentence where there is no dense model or no long corpus."""
     models = emoe_models()
     if not models:
-        raise WorkflowError(
-            "EMoE: no row of the model sheet is a dense_reference; name a dense model in mechanism_models."
-        )
+        raise WorkflowError("EMoE: no row of the model sheet names a dense model; name one in mechanism_models.")
+    if not corpora_of(["long"]):
+        raise WorkflowError("EMoE: the corpus sheet has no long corpus that a dense model could read; add one.")
     return [f"results/figures/emoe/{model}/{name}.png" for model in models for name in emoe_figures(EMOE_MECHANISM)]
 
 

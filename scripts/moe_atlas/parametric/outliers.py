@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.cluster import DBSCAN
 
 from moe_atlas.parametric.isotropic import null_ratios
 
@@ -35,6 +34,9 @@ class OutlierRule:
 
     def labels(self, scores: np.ndarray, coordinates: int) -> np.ndarray:
         """DBSCAN's cluster (rows,) of each row of scores (rows, components >= 2), by its first two; -1 none."""
+        # Imported here: it takes a second, and a layer of a few experts has no use for it.
+        from sklearn.cluster import DBSCAN
+
         clusters = DBSCAN(eps=self.radius(coordinates), min_samples=self.min_samples)
         return clusters.fit_predict(scores[:, :2])
 
