@@ -51,6 +51,7 @@ ALLOWED = {
     "parallel": set(),
     "parametric": {"architectures", "parallel"},
     "behavioral": set(),
+    "emoe": set(),
     "training": {"architectures", "corpora"},
     "plotting": {"pages", "parametric"},
     "pages": set(),
