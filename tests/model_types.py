@@ -168,6 +168,13 @@ TYPES = {
     "dots3_note_text": ModelType(
         LATENT | DEEPSEEK | INDEX | {"shared_experts_intermediate_size": 16}, shared=2, layers=SPARSE_LAST
     ),
+    "emoe": ModelType(
+        {"dense_model_type": "mistral", "num_hidden_layers": 3, "num_experts": 8, "emoe_layers": [0, 2]}
+        | {"intermediate_size": 64},
+        width=8,
+        layers=(0, 2),
+        router="router",
+    ),
     "exaone_moe": ModelType(EIGHT | GROUPS, shared=1, layers=SPARSE_LAST),
     "flex_olmo": ModelType(EIGHT, width=40),
     "flint": ModelType(EIGHT | SHARED | {"mlp_only_layers": [0]}, shared=1, layers=SPARSE_LAST),
@@ -266,7 +273,9 @@ def config(name: str, **changes: object) -> PreTrainedConfig:
     own = TYPES[name].config | changes
     dropped = {key for key, value in own.items() if value is None}
     own = {key: value for key, value in own.items() if value is not None}
-    known = {key.name for key in dataclasses.fields(of_type)} | set(of_type.attribute_map)
+    # An EMoE has the values of its dense model besides its own.
+    classes = (of_type, CONFIG_MAPPING[own["dense_model_type"]]) if "dense_model_type" in own else (of_type,)
+    known = {key.name for each in classes for key in dataclasses.fields(each)} | set(of_type.attribute_map)
     if unknown := set(own) - known:
         raise ValueError(f"{name} has no config value {sorted(unknown)}")
     # An alias of a value that the row gives would be one value given twice.

@@ -8,10 +8,10 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from moe_atlas.architectures.ffn import dense_ffn, ffn_activation
+from moe_atlas.architectures.layers import decoder_layers
 from moe_atlas.architectures.sites import find_sites
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.probe import Text, extract_texts
-from moe_atlas.stream import decoder_layers
 
 # Families whose gate is x sigmoid(alpha x), with bounds that these weights do not reach.
 SCALED = {"gpt_oss": 1.702, "minimax_m3_vl_text": 1.702}

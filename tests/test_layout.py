@@ -51,7 +51,7 @@ ALLOWED = {
     "parallel": set(),
     "parametric": {"architectures", "parallel"},
     "behavioral": set(),
-    "emoe": set(),
+    "emoe": {"architectures", "checkpoints", "stream"},
     "training": {"architectures", "corpora"},
     "plotting": {"pages", "parametric"},
     "pages": set(),

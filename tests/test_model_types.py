@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from moe_atlas.architectures.layers import decoder_layers
 from moe_atlas.architectures.sites import find_sites, mix
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.manifest import describe
 from moe_atlas.probe import extract
-from moe_atlas.stream import LayerStream, decoder_layers
+from moe_atlas.stream import LayerStream
 
 SEQUENCES = model_types.token_ids([13, 13])
 IDS = torch.tensor(SEQUENCES)

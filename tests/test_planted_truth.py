@@ -10,6 +10,7 @@ from scipy.stats import kendalltau
 from workflow_runs import ROOT
 
 from moe_atlas import tables
+from moe_atlas.architectures.layers import decoder_layers
 from moe_atlas.behavioral.tables import FROM_SUMS
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.claims.judge import TABLES, judge
@@ -19,7 +20,6 @@ from moe_atlas.layerwise import each_layer
 from moe_atlas.parametric.matching import neuron_matching
 from moe_atlas.parametric.similarity import weight_similarity
 from moe_atlas.probe import extract
-from moe_atlas.stream import decoder_layers
 
 LAYERS, EXPERTS, WIDTH, HIDDEN = 8, 8, 16, 32
 SIZES = {"N": EXPERTS, "d": HIDDEN, "m": WIDTH}

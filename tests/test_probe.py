@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moe_atlas.architectures.layers import decoder_layers
 from moe_atlas.architectures.sites import find_sites, mix
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
 from moe_atlas.probe import extract, make_batches
-from moe_atlas.stream import decoder_layers
 
 SEQUENCES = families.token_ids([11, 5, 11, 8])
 TOTAL = sum(map(len, SEQUENCES))

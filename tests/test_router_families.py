@@ -5,11 +5,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from moe_atlas.architectures.layers import decoder_layers
 from moe_atlas.architectures.sites import find_sites
 from moe_atlas.behavioral.router_rule import router_rule
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.probe import extract
-from moe_atlas.stream import decoder_layers
 
 EXPERTS = 8
 COMMON = {

@@ -9,12 +9,13 @@ from transformers import PreTrainedConfig
 
 from moe_atlas.architectures.config import read_config
 from moe_atlas.architectures.ffn import dense_ffn, ffn_view
+from moe_atlas.architectures.layers import decoder_layers
 from moe_atlas.architectures.sites import ExpertSite, find_sites
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError
 from moe_atlas.files import read_json, sha256
 from moe_atlas.log import Progress, say
-from moe_atlas.stream import decoder_layers, skeleton
+from moe_atlas.stream import skeleton
 
 _EXPERT_COUNT = re.compile(r"(?!.*(shared|per_tok))(num|n|moe)_\w*experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from moe_atlas import architectures
 from moe_atlas.architectures import internals, quantised
 from moe_atlas.architectures.config import read_config
+from moe_atlas.architectures.layers import decoder, decoder_layers
 from moe_atlas.budget import Budget, Held, Sizes
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.errors import AtlasError, first_line
@@ -32,7 +33,6 @@ from moe_atlas.memory import tune_allocator
 from moe_atlas.spill import MEMORY_BYTES, Interned, Spill
 
 UNBOUNDED = Budget()
-_LAYER_LISTS = ("layers", "blocks")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,25 +58,6 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> nn
         ) from None
     internals.make_buffers(model)
     return model.eval().requires_grad_(False)
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that holds its decoder layers."""
-    found = model.get_decoder()
-    # Llama 4's causal model takes itself for its decoder.
-    return getattr(model, "model", model) if found is model else found
-
-
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of decoder layers of a causal language model."""
-    lists = [getattr(decoder(model), name, None) for name in _LAYER_LISTS]
-    layers = next((found for found in lists if isinstance(found, nn.ModuleList)), None)
-    if layers is None:
-        raise AtlasError(
-            f"{type(model).__name__}: its decoder has no list called {' or '.join(_LAYER_LISTS)}, so it cannot be read "
-            'layer by layer; see "add an architecture" in CONTRIBUTING.md.'
-        )
-    return layers
 
 
 class _LayersReached(Exception):

@@ -5,11 +5,11 @@ Importing this package imports neither torch nor transformers.
 
 
 def register() -> None:
-    """Make the Auto classes of transformers know "deepseek" (DeepSeekMoE v1), "grok-1" and "grok" (two ports of one).
+    """Make the Auto classes know "deepseek" (DeepSeekMoE v1), "grok-1" and "grok" (two ports of one), and "emoe".
 
     Calling it twice changes nothing.
     """
-    from moe_atlas.architectures import deepseek, grok, grok_keyfan
+    from moe_atlas.architectures import deepseek, emoe, grok, grok_keyfan
 
-    for family in (deepseek, grok, grok_keyfan):
+    for family in (deepseek, emoe, grok, grok_keyfan):
         family.register()

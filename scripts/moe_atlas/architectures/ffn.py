@@ -1,5 +1,7 @@
 """Dense and shared feed-forward networks under the names the families give them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -23,6 +25,17 @@ def _maps(module: nn.Module) -> list[nn.Linear]:
     return []
 
 
+def roles(module: nn.Module) -> dict[str, str]:
+    """What the linear maps of a module for which is_ffn holds are: up, act and down, or act_up for both in one."""
+    names = {id(child): name for name, child in module.named_children()}
+    maps = _maps(module)
+    if len(maps) == 3:
+        kinds = ("up", "act", "down")
+    else:
+        kinds = ("act_up" if maps[0].out_features > maps[1].in_features else "up", "down")
+    return {names[id(linear)]: kind for linear, kind in zip(maps, kinds, strict=True)}
+
+
 def is_ffn(module: nn.Module) -> bool:
     """Whether the module is one FFN made of linear maps."""
     return bool(_maps(module))
@@ -33,14 +46,18 @@ def input_width(module: nn.Module) -> int:
     return _maps(module)[0].in_features
 
 
+def activation_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """sigma of an FFN, or None where the module gives it no name that is known."""
+    functions = (getattr(module, name, None) for name in _FUNCTIONS)
+    return next((found for found in functions if callable(found)), None)
+
+
 def ffn_activation(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor | None:
     """sigma(W_act x) of a module for which is_ffn holds, (T, d) -> (T, m), or sigma(W_up x) without a gate branch.
 
     None where the module gives its activation function no name that is known.
     """
-    maps = _maps(module)
-    functions = (getattr(module, name, None) for name in _FUNCTIONS)
-    function = next((found for found in functions if callable(found)), None)
+    maps, function = _maps(module), activation_function(module)
     if function is None:
         return None
     if len(maps) == 3:

@@ -1,0 +1,203 @@
+"""EMoE: a dense causal model, some of whose FFNs are read as experts (Qiu et al. 2024, arXiv 2310.10908, section 3).
+
+The neurons of a gated FFN are dealt to N experts of equal size. The router has no weights of its own: an expert's score
+is the product of the input with the mean of its neurons' keys (avg-k), signed. The k experts with the highest scores
+answer, each with weight 1. With k = N the model computes what the dense one does.
+
+Any family of transformers whose FFN is act(W_act x) * (W_up x) will do: the dense model is built by its own class, and
+the FFNs of the chosen layers are exchanged. config.json holds the dense model's values and those of EMoEConfig.
+moe_atlas/emoe/derive.py writes such a checkpoint from a dense one, and back.
+"""
+
+from collections.abc import Callable
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.integrations.moe import use_experts_implementation
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from moe_atlas.architectures.bank import FFN
+from moe_atlas.architectures.ffn import activation_function, dense_ffn, ffn_view
+from moe_atlas.architectures.layers import decoder_layers
+
+MODEL_TYPE = "emoe"
+SCORES = ("gate", "up")
+
+
+@strict
+class EMoEConfig(PreTrainedConfig):
+    """The dense model's values, as they are, and which of its FFNs are experts.
+
+    emoe_layers: decoder layers, from 0; None for all. emoe_score: the rows whose mean an expert is scored by, "gate"
+    those under the activation (gate_proj), "up" those it is multiplied with. emoe_split and emoe_seed: for the record.
+    """
+
+    model_type = MODEL_TYPE
+
+    dense_model_type: str = "mistral"
+    num_experts: int = 64
+    num_experts_per_tok: int = 16
+    emoe_layers: list[int] | None = None
+    emoe_score: str = "gate"
+    emoe_split: str = "cluster"
+    emoe_seed: int = 0
+
+    def dense_config(self) -> PreTrainedConfig:
+        """Configuration of the dense model."""
+        own = {*EMoEConfig.__annotations__, "model_type", "architectures"}
+        values = {key: value for key, value in self.to_dict().items() if key not in own}
+        return CONFIG_MAPPING[self.dense_model_type].from_dict(values)
+
+    def validate_architecture(self) -> None:
+        if self.emoe_score not in SCORES:
+            raise ValueError(f"emoe_score is {self.emoe_score!r}; it is one of {', '.join(SCORES)}.")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; it lies between 1 and {self.num_experts}."
+            )
+
+
+# Decorated again because transformers looks for the decorator in this file before it allows set_experts_implementation.
+@use_experts_implementation
+class EMoEExperts(MixtralExperts):
+    """Experts of m neurons each: gate_up_proj (N, 2m, d), gate first; down_proj (N, d, m)."""
+
+    def __init__(self, config: EMoEConfig, ffn: FFN, act_fn: Callable[[torch.Tensor], torch.Tensor]):
+        nn.Module.__init__(self)
+        neurons, self.hidden_dim = ffn.up.shape
+        self.num_experts, self.intermediate_dim = config.num_experts, neurons // config.num_experts
+        rows = (self.num_experts, self.intermediate_dim, self.hidden_dim)
+        self.gate_up_proj = nn.Parameter(torch.cat([ffn.act.reshape(rows), ffn.up.reshape(rows)], dim=1))
+        self.down_proj = nn.Parameter(ffn.down.T.reshape(rows).transpose(1, 2).contiguous())
+        self.act_fn = act_fn
+
+
+class EMoERouter(nn.Module):
+    """The avg-k gate: weight (N, d), a buffer, the means of the experts' raw keys."""
+
+    dtype = torch.float32  # scores that lie close together would tie in a coarser one
+
+    def __init__(self, config: EMoEConfig, hidden: int):
+        super().__init__()
+        self.top_k, self.num_experts = config.num_experts_per_tok, config.num_experts
+        self.register_buffer("weight", torch.empty(config.num_experts, hidden, dtype=self.dtype))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states (T, d) to scores (T, N), weights (T, k) of 1, expert ids (T, k) int64, highest score first."""
+        scores = nn.functional.linear(hidden_states.to(self.weight.dtype), self.weight)
+        indices = scores.topk(self.top_k, dim=-1).indices
+        return scores, hidden_states.new_ones(indices.shape), indices
+
+
+class EMoE(nn.Module):
+    """Router and experts in the place of one gated FFN d -> F -> d, whose neurons are dealt out in their order."""
+
+    def __init__(self, config: EMoEConfig, ffn: nn.Module):
+        super().__init__()
+        view, act_fn = ffn_view(ffn), activation_function(ffn)
+        neurons, hidden = view.up.shape
+        own = {id(parameter) for parameter in ffn.parameters()}
+        if view.act is None or act_fn is None or len(own) > 3 or any(p.dim() != 2 for p in ffn.parameters()):
+            raise ValueError(f"{type(ffn).__name__} is more or less than act(W x) * (V x) without biases")
+        if neurons % config.num_experts:
+            raise ValueError(f"{config.num_experts} experts of equal size cannot be made of {neurons} neurons")
+        self.score = config.emoe_score
+        self.experts = EMoEExperts(config, view, act_fn)
+        self.router = EMoERouter(config, hidden)
+        self.router.weight.copy_(self.keys_mean())
+
+    def keys_mean(self) -> torch.Tensor:
+        """What the router's weight has to be, (N, d) float32 or better: the mean of each expert's raw keys."""
+        gate, up = self.experts.gate_up_proj.detach().chunk(2, dim=1)
+        keys = gate if self.score == "gate" else up
+        return keys.to(self.router.weight.dtype).mean(dim=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training:  # the gate is tied to keys that move
+            self.router.weight.copy_(self.keys_mean())
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, indices = self.router(tokens)
+        return self.experts(tokens, indices, weights).view_as(hidden_states)
+
+
+class EMoEForCausalLM(PreTrainedModel, GenerationMixin):
+    """A dense causal model, `dense`, in which an EMoE stands for the FFN of each chosen layer."""
+
+    config: EMoEConfig
+    base_model_prefix = "dense"
+    supports_gradient_checkpointing = True
+    # The dense model's class decides; it was asked for what the user asked of this one.
+    _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["router"]
+
+    def __init__(self, config: EMoEConfig):
+        asked_for, experts_asked_for = config._attn_implementation, config._experts_implementation
+        super().__init__(config)
+        dense_config = config.dense_config()
+        dense_config._attn_implementation = asked_for
+        self.dense = MODEL_FOR_CAUSAL_LM_MAPPING[type(dense_config)](dense_config)
+        layers = decoder_layers(self.dense)
+        for index in range(len(layers)) if config.emoe_layers is None else config.emoe_layers:
+            if not 0 <= index < len(layers):
+                raise ValueError(f"there is no layer {index} among {len(layers)}")
+            ffn = dense_ffn(layers[index])
+            if ffn is None:
+                raise ValueError(f"{type(layers[index]).__name__} has no FFN of a known layout")
+            name = next(name for name, child in layers[index].named_children() if child is ffn)
+            setattr(layers[index], name, EMoE(config, ffn))
+            if experts_asked_for is None and getattr(layers[index], name).experts.intermediate_dim % 8:
+                config._experts_implementation = "eager"  # torch's grouped_mm takes rows of 16 bytes and multiples
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.dense._init_weights(module)
+
+    def get_decoder(self) -> nn.Module:
+        return self.dense.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.dense.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.dense.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.dense.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.dense.set_output_embeddings(new_embeddings)
+
+    def forward(self, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs):
+        """As the dense model's forward."""
+        return self.dense(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+def register() -> None:
+    """Register the classes with the Auto classes, and the files' tensor names, one matrix an expert."""
+    AutoConfig.register(MODEL_TYPE, EMoEConfig, exist_ok=True)
+    AutoModelForCausalLM.register(EMoEConfig, EMoEForCausalLM, exist_ok=True)
+    mapping = [
+        WeightConverter(
+            source_patterns=["experts.*.gate_proj.weight", "experts.*.up_proj.weight"],
+            target_patterns="experts.gate_up_proj",
+            operations=[MergeModulelist(dim=0), Concatenate(dim=1)],
+        ),
+        WeightConverter(
+            source_patterns="experts.*.down_proj.weight",
+            target_patterns="experts.down_proj",
+            operations=[MergeModulelist(dim=0)],
+        ),
+    ]
+    register_checkpoint_conversion_mapping(MODEL_TYPE, mapping, overwrite=True)
