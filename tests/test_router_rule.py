@@ -116,6 +116,11 @@ def two_norm(x):
     return ids, [value / math.hypot(*kept) for value in kept]
 
 
+def equal_weights(x):
+    ids = best(x, 3)
+    return ids, [0.4] * 3
+
+
 def one_expert(x):
     return best(x, 1), [0.7]
 
@@ -138,6 +143,7 @@ RULES = {
     sparsemixer: ("sparsemixer", "none", 1, "largest logits", {"jitter": JITTER}),
     one_scale_an_expert: ("softmax", "chosen experts", sum(EXPERT_SCALE) / EXPERTS, "largest logits", {}),
     two_norm: ("softmax", "other", None, "largest logits", {}),
+    equal_weights: ("constant", "none", 0.4, "largest logits", {}),
     one_expert: ("any", "chosen experts", 0.7, "largest logits", {}),
     all_experts: ("softmax", "all experts", 1, "largest logits", {}),
 }

@@ -11,7 +11,7 @@ import math
 import torch
 from torch.nn import functional
 
-from moe_atlas.tables import GROUPINGS, SCORES
+from moe_atlas.tables import CHOOSING_SCORES, GROUPINGS, SCORES
 
 
 def scores(logits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -87,8 +87,7 @@ class RouterRule:
         self.ratio = bounds.repeat(2, len(SCORES), experts, 1)
         self.spread = torch.full((len(SCORES),), -math.inf, dtype=torch.float64)
         self.weight_sum = bounds.clone()
-        # The score of SparseMixer is only a weight: no router chooses by it.
-        self.selection = torch.full((len(SCORES) - 1, 2, len(GROUPINGS)), -1, dtype=torch.int64)
+        self.selection = torch.full((len(CHOOSING_SCORES), 2, len(GROUPINGS)), -1, dtype=torch.int64)
         self.selection[:, : 1 if bias is None else 2, : 1 if groups is None else None] = 0
         self.epsilon = self.logit_error = 0.0
 
@@ -116,7 +115,8 @@ class RouterRule:
         total = weights.masked_fill(~used, 0).sum(-1)
         self.weight_sum[0].clamp_(max=total.min())
         self.weight_sum[1].clamp_(min=total.max())
-        named = scores(logits.double())
+        # A router may only choose, and give each expert the same weight.
+        named = scores(logits.double()) | {"constant": torch.ones_like(logits, dtype=torch.float64)}
         if self.jitter is not None:
             named["sparsemixer"] = sparsemixer(logits, ids.shape[1], self.jitter)
         for index, name in enumerate(SCORES):

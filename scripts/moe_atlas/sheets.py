@@ -44,6 +44,12 @@ class Model:
     revision: str
     dense_reference: str  # id of another enabled row, or ""
     series: str  # what revisions of one model share, or ""
+    emoe_experts: int  # this and the next five: of an emoe: row
+    emoe_top_k: int
+    emoe_layers: str  # "20,22", or "" for all
+    emoe_score: str
+    emoe_split: str
+    emoe_seed: int
     matching_layers: str  # "0,5,10", or "" for evenly spaced ones
     dtype: str
     gpus: int
@@ -66,10 +72,17 @@ class Model:
         return locator if scheme == "hf" else ""
 
     @property
+    def dense(self) -> str:
+        """Id of the dense row that an emoe: row is made from, "" for any other."""
+        scheme, locator = _split(self.source)
+        return locator if scheme == "emoe" else ""
+
+    @property
     def directory(self) -> str:
         """Folder of the checkpoint, as written in the sheet or relative to the repository; "" for an hf: row."""
         scheme, locator = _split(self.source)
-        return {"demo": f"{CHECKPOINTS}/{locator}", "path": locator}.get(scheme, "")
+        made = {"demo": locator, "emoe": self.model}
+        return f"{CHECKPOINTS}/{made[scheme]}" if scheme in made else locator if scheme == "path" else ""
 
 
 @dataclass(frozen=True)
@@ -252,8 +265,6 @@ def _check_model_source(place: str, model: Model, recipes: Collection[str]) -> N
         raise AtlasError(
             f"{place}: there is no recipe {locator}{suggest(locator, recipes)}; the recipes are {', '.join(recipes)}."
         )
-    if scheme == "emoe":
-        raise AtlasError(f"{place}: this version cannot make {model.source}; set enabled to false.")
     if scheme == "hf" and not _COMMIT.fullmatch(model.revision):
         raise AtlasError(
             f"{row}, column revision: {model.revision!r} is not a commit of 40 hex digits; "
@@ -271,6 +282,50 @@ def _check_model_source(place: str, model: Model, recipes: Collection[str]) -> N
             )
 
 
+def _check_derived(place: str, model: Model, recipes: Collection[str]) -> None:
+    """An emoe: row says how its experts are made, and no other row does."""
+    rules = schema("models")["properties"]
+    if not model.dense:
+        for column in (name for name in rules if name.startswith("emoe_")):
+            if getattr(model, column) != rules[column]["default"]:
+                raise AtlasError(f"{place}, column {column}: only an emoe: row has a value here; empty the cell.")
+        return
+    if model.model in recipes:
+        raise AtlasError(f"{place}, column model: the id is that of a demo recipe; give an emoe: row another one.")
+    for column in ("emoe_experts", "emoe_top_k"):
+        if getattr(model, column) < 1:
+            raise AtlasError(
+                f"{place}, column {column}: an emoe: row needs a number from 1; {rules[column]['x-mend']}."
+            )
+    if model.emoe_top_k > model.emoe_experts:
+        raise AtlasError(
+            f"{place}, column emoe_top_k: {model.emoe_top_k} are more than the {model.emoe_experts} experts there are; "
+            "write as many or fewer."
+        )
+
+
+def _check_named_rows(place: str, model: Model, ids: Collection[str], models: Mapping[str, Model]) -> None:
+    """The rows that this one names are there, enabled, and have weights that stay."""
+    for column, name, otherwise in (
+        ("source", model.dense, ""),
+        ("dense_reference", model.dense_reference, " or leave the cell empty"),
+    ):
+        where = f"{place}, column {column}"
+        if not name:
+            continue
+        if name == model.model:
+            own = "cannot be made from itself" if column == "source" else "cannot be its own reference"
+            raise AtlasError(f"{where}: a model {own}; name another row{otherwise}.")
+        if name not in ids:
+            raise AtlasError(f"{where}: there is no row {name}{suggest(name, ids)}; add it{otherwise}.")
+        if name not in models:
+            raise AtlasError(f"{where}: the row {name} is not enabled; enable it{otherwise}.")
+        if not models[name].keep:
+            raise AtlasError(f"{where}: the row {name} has keep false, and its weights are wanted; write true there.")
+    if model.dense and models[model.dense].dense:
+        raise AtlasError(f"{place}, column source: the row {model.dense} is an emoe: row itself; name a dense one.")
+
+
 def load_models(path: str | Path, recipes: Collection[str]) -> dict[str, Model]:
     """The enabled rows of the model sheet by id, in the order of the sheet.
 
@@ -283,21 +338,8 @@ def load_models(path: str | Path, recipes: Collection[str]) -> dict[str, Model]:
         if not model.enabled:
             continue
         _check_model_source(place, model, recipes)
-        reference, column = model.dense_reference, f"{place}, column dense_reference"
-        if reference == model.model:
-            raise AtlasError(
-                f"{column}: a model cannot be its own reference; name another row or leave the cell empty."
-            )
-        if reference and reference not in ids:
-            raise AtlasError(
-                f"{column}: there is no row {reference}{suggest(reference, ids)}; add it or leave the cell empty."
-            )
-        if reference and reference not in models:
-            raise AtlasError(f"{column}: the row {reference} is not enabled; enable it or leave the cell empty.")
-        if reference and not models[reference].keep:
-            raise AtlasError(
-                f"{column}: the row {reference} has keep false, and its weights are wanted; write true there."
-            )
+        _check_derived(place, model, recipes)
+        _check_named_rows(place, model, ids, models)
     if not models:
         raise AtlasError(f"{path}: no row is enabled; set enabled to true in one.")
     return models

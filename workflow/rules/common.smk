@@ -31,9 +31,10 @@ os.environ.update(
 METHODS = {
     "prepare_corpus": 1,
     "train_demo_checkpoint": 1,
+    "derive_emoe": 1,
     "describe_checkpoint": 2,
     "weight_statistics": 2,
-    "extract_activations": 5,
+    "extract_activations": 6,
 }
 
 
@@ -135,4 +136,5 @@ def device(wildcards, resources):
 
 def model_threads(wildcards):
     """Threads for a model's weights: one for a demo model, eight for any other, or as many as the machine has."""
-    return 1 if model(wildcards).recipe else 8
+    row = model(wildcards)
+    return 1 if row.recipe or (row.dense and MODELS[row.dense].recipe) else 8

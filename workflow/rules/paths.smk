@@ -17,25 +17,33 @@ def training_file(recipe):
     return f"{sheets.CHECKPOINTS}/{recipe}/training.json"
 
 
+def derivation_file(name):
+    """Last file that is written when a dense model becomes an EMoE."""
+    return f"{sheets.CHECKPOINTS}/{name}/emoe.json"
+
+
 def checkpoint_source(wildcards):
     """The small file that stands for a checkpoint; its weights are in the fingerprint."""
     row = model(wildcards)
+    if row.dense:
+        return derivation_file(row.model)
     return training_file(row.recipe) if row.recipe else str(PurePath(row.directory) / "config.json")
 
 
 def checkpoint_fingerprint(wildcards):
-    """Names and sizes of a user's weight files. A demo checkpoint is followed through its training.json."""
+    """Names and sizes of a user's weight files. What is made here is followed through the file that is written last."""
     row = model(wildcards)
-    return "" if row.recipe else sheets.fingerprint(row.directory)
+    return "" if row.recipe or row.dense else sheets.fingerprint(row.directory)
 
 
 def dense_allowed(wildcards, output):
-    """--dense-allowed for a demo model and for one that another names as its reference.
+    """--dense-allowed for a demo model and for one that another names as its reference or is made from.
 
     A permission, not a value: because of `output` in the signature Snakemake does not count it as a change
     when the rows that name the model come and go.
     """
-    names = {row.dense_reference for row in MODELS.values()} | {row.model for row in MODELS.values() if row.recipe}
+    names = {name for row in MODELS.values() for name in (row.dense_reference, row.dense)}
+    names |= {row.model for row in MODELS.values() if row.recipe}
     return ["--dense-allowed"] if wildcards.model in names else []
 
 
@@ -55,6 +63,20 @@ def corpus_parts(wildcards):
     """What the jobs that a pass over a corpus is dealt to write."""
     folder, count = f"results/models/{wildcards.model}/behavioral/{wildcards.corpus}/parts", corpus(wildcards).parts
     return [f"{folder}/{number}-of-{count}/activations.safetensors" for number in range(1, count + 1)]
+
+
+def derivation_options(wildcards):
+    """Options of derive_emoe.py: how this row's experts are made."""
+    row = model(wildcards)
+    values = {
+        "--experts": row.emoe_experts,
+        "--top-k": row.emoe_top_k,
+        "--layers": row.emoe_layers or "all",
+        "--score": row.emoe_score,
+        "--split": row.emoe_split,
+        "--seed": row.emoe_seed,
+    }
+    return [str(part) for pair in values.items() for part in pair]
 
 
 def start_recipe(wildcards):

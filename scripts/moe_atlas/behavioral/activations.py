@@ -8,7 +8,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moe_atlas.errors import AtlasError
-from moe_atlas.tables import DOCUMENT_MEASURES, GROUPINGS, SCORES
+from moe_atlas.tables import CHOOSING_SCORES, DOCUMENT_MEASURES, GROUPINGS, SCORES
 
 _MEND = "delete it and run the extraction again"
 Arrays = dict[str, np.ndarray]
@@ -62,7 +62,7 @@ def _shapes(entry: dict, kind: str) -> dict[str, tuple[int | None, ...]]:
         "rule_ratio": (2, len(SCORES), experts, 2),
         "rule_spread": (len(SCORES),),
         "rule_weight_sum": (2,),
-        "rule_selection": (len(SCORES) - 1, 2, len(GROUPINGS)),
+        "rule_selection": (len(CHOOSING_SCORES), 2, len(GROUPINGS)),
         "rule_epsilon": (1,),
         "rule_logit_error": (1,),
         **_choice_shapes(experts, top_k),

@@ -4,7 +4,8 @@ moe_atlas/router_rule.py says what the bounds are of. Where several rules fit eq
 
 - a score as it is before one divided by its sum over the chosen experts (with k = N both are the same);
 - one scale for all experts before one for each, and that before one for each token;
-- scores in the order of tables.SCORES. Divided by its sum, the score of a single expert is 1 whatever it was: "any".
+- scores in the order of tables.SCORES; "constant" is the same weight for all. Divided by its sum, the score of a single
+  expert is 1 whatever it was: "any".
 - the largest logits before score + bias, and that before groups.
 """
 
@@ -62,7 +63,7 @@ def weighing(ratio: np.ndarray, spread: np.ndarray, chosen: np.ndarray, top_k: i
     ratio (2, scores, N, 2) and spread (scores,): see results/README.md; chosen (N,): tokens that chose each expert.
     If there is none, the score is "other" and the error that of the nearest rule.
     """
-    used = ratio[:, :, chosen > 0]
+    used = ratio[:, : len(SCORES) - (top_k == 1), chosen > 0]  # of a single expert, a constant is "any"
     scale, one_scale = fit(used[..., 0].min(-1), used[..., 1].max(-1))
     by_expert, errors = fit(used[..., 0], used[..., 1])
     enough = chosen.sum() >= CHOICES_PER_EXPERT * (chosen > 0).sum()
@@ -82,7 +83,7 @@ def weighing(ratio: np.ndarray, spread: np.ndarray, chosen: np.ndarray, top_k: i
             float(error[over_chosen, index]),
         )
     # `spread` is 1 - smallest / largest ratio of a token, and -inf where no token has two.
-    spread = np.where(spread >= 0, spread, 1)
+    spread = np.where(spread >= 0, spread, 1)[: used.shape[1]]
     by_token = spread / (2 - spread)
     if by_token.min() <= allowed:
         index = int(np.argmax(by_token <= by_token.min() + allowed / ROUNDINGS))

@@ -13,12 +13,13 @@ import polars as pl
 from moe_atlas.errors import AtlasError
 from moe_atlas.files import atomic_path
 from moe_atlas.tables.across import ACROSS
-from moe_atlas.tables.behavioral import BEHAVIORAL, DOCUMENT_MEASURES, GROUPINGS, SCORES
+from moe_atlas.tables.behavioral import BEHAVIORAL, CHOOSING_SCORES, DOCUMENT_MEASURES, GROUPINGS, SCORES
 from moe_atlas.tables.columns import Table
 from moe_atlas.tables.parametric import PARAMETRIC
 
 __all__ = [
     "ACROSS",
+    "CHOOSING_SCORES",
     "DOCUMENT_MEASURES",
     "GROUPINGS",
     "SCORES",

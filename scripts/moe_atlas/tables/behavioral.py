@@ -15,7 +15,8 @@ from moe_atlas.tables.columns import (
 )
 
 # Axes of what extraction records of a router's rule, which is named in the table router_rule. Simplest first.
-SCORES = ("softmax", "sigmoid", "sqrt softplus", "identity", "sparsemixer")
+SCORES = ("softmax", "sigmoid", "sqrt softplus", "identity", "sparsemixer", "constant")
+CHOOSING_SCORES = SCORES[:4]  # the others are only weights: no router chooses by them
 GROUPINGS = ("none", "largest", "two largest")  # what groups of experts are chosen by
 # Measures of the table documents: each a mean over the tokens of a block of documents.
 DOCUMENT_MEASURES = (
@@ -78,7 +79,11 @@ BEHAVIORAL: dict[str, Table] = {
             CORPUS,
             LAYER,
             SITE,
-            ("score", STRING, "softmax, sigmoid, sqrt softplus, identity or sparsemixer of the logits; any; other"),
+            (
+                "score",
+                STRING,
+                "softmax, sigmoid, sqrt softplus, identity or sparsemixer of logits; constant; any; other",
+            ),
             ("normalised", STRING, "the score's sum is 1 over all experts or chosen experts; none; other: by token"),
             ("scale", NUMBER, "weight / score, to weight_error; mean over experts; null where it differs by token"),
             ("scale_spread", NUMBER, "largest scale of an expert / smallest - 1; 0 where all have the same"),
