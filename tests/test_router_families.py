@@ -59,6 +59,7 @@ EXPECTED = {
     "gpt_oss": ("softmax", "chosen experts", 1, LARGEST),
     "glm4_moe": ("sigmoid", "chosen experts", 1.5, BIASED),
     "minimax_m2": ("sigmoid", "chosen experts", 1, BIASED),
+    "emoe": ("constant", "none", 1, LARGEST),
     "phimoe": ("sparsemixer", "none", 1, LARGEST),
     "lfm2_moe": ("sigmoid", "chosen experts", 1, BIASED),
     "gemma4_text": ("softmax", "chosen experts", None, LARGEST),  # its own scale for each expert
@@ -71,7 +72,7 @@ def checkpoints(tmp_path_factory):
     """A saved random checkpoint of every family; selection biases and scales of experts are random too."""
     root = tmp_path_factory.mktemp("routers")
     for family in EXPECTED:
-        if family in families.FAMILIES:
+        if family in (*families.FAMILIES, "emoe"):
             families.save(family, root / family)
             continue
         network = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**COMMON | CONFIGS[family])).eval()

@@ -35,9 +35,12 @@ def test_the_shipped_sheets_are_taken():
     config = yaml.safe_load((ROOT / "config/config.yaml").read_text(encoding="utf-8"))
     assert load_config(config) == load_config({})
     found = load_models(ROOT / "config/models.tsv", list(recipes.load()))
-    assert list(found)[:2] == ["demo-mistral", "demo-mixtral"] and len(found) == 7
+    assert list(found)[:2] == ["demo-mistral", "demo-mixtral"] and len(found) == 8
     assert found["demo-mixtral"].dense_reference == found["demo-mixtral-instruct"].dense_reference == "demo-mistral"
-    assert {model.recipe for model in found.values()} == set(recipes.load())
+    assert {model.recipe for model in found.values() if not model.dense} == set(recipes.load())
+    emoe = found["demo-emoe"]
+    assert (emoe.dense, emoe.emoe_experts, emoe.emoe_top_k, emoe.emoe_layers) == ("demo-mistral", 16, 4, "")
+    assert (emoe.directory, emoe.recipe, emoe.repository) == ("results/checkpoints/demo-emoe", "", "")
     texts = load_corpora(ROOT / "config/corpora.tsv", DEMO_CORPORA)
     assert {corpus.corpus: corpus.kind for corpus in texts.values()} == {
         "prompt": "short",
@@ -98,7 +101,7 @@ MODEL_FAULTS = [
     (["a\thf:tiny\t\t\t\t"], r"column source: 'hf:tiny' is not allowed here"),
     (["a\tdemo:tinny\t\t\t\t"], r"there is no recipe tinny \(did you mean tiny\?\); the recipes are tiny, other"),
     (["a\thf:x/y\t\t\t\t"], r"revision: '' is not a commit of 40 hex digits; take one from \S+/x/y/commits/main"),
-    (["a\temoe:b\t\t\t\t"], r"column source: this version cannot make emoe:b; set enabled to false"),
+    (["a\temoe:b\t\t\t\t"], r"column emoe_experts: an emoe: row needs a number from 1; write the number of experts"),
     (["a\tpath:nowhere\t\t\t\t"], r"column source: there is no folder nowhere"),
     (["a\tdemo:tiny\tb\t\t\t"], r"column dense_reference: there is no row b; add it"),
     (["a\tdemo:tiny\ta\t\t\t"], r"column dense_reference: a model cannot be its own reference"),
@@ -161,6 +164,64 @@ def test_the_sheets_of_the_published_models_are_taken():
     texts = load_corpora(ROOT / config["corpora"], ())
     shipped = load_corpora(ROOT / "config/corpora.tsv", DEMO_CORPORA)
     assert all(texts[name].source == shipped[name].source for name in ("prompt", "routing-prompt"))
+
+
+EMOE = "model\tsource\tdense_reference\t" + "".join(
+    f"emoe_{name}\t" for name in ("experts", "top_k", "layers", "score", "split", "seed")
+)
+EMOE += "enabled\n"
+DENSE = "d\tdemo:tiny" + 8 * "\t"
+
+
+def test_an_emoe_row_names_its_dense_model_and_how_its_experts_are_made(tmp_path):
+    lines = (DENSE, "e\temoe:d\td\t8\t2" + 5 * "\t", "f\temoe:d\t\t4\t4\t1,3\tup\trandom\t5\t")
+    found = models(tmp_path, *lines, header=EMOE)
+    first, second = found["e"], found["f"]
+    assert (first.dense, first.dense_reference, first.directory) == ("d", "d", "results/checkpoints/e")
+    assert (first.emoe_layers, first.emoe_score, first.emoe_split, first.emoe_seed) == ("", "gate", "cluster", 0)
+    assert (second.emoe_layers, second.emoe_score, second.emoe_split, second.emoe_seed) == ("1,3", "up", "random", 5)
+    assert found["d"].dense == ""
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (
+            ["e\temoe:d\t\t\t2\t\t\t\t\t"],
+            r"line 3 \(e\), column emoe_experts: an emoe: row needs a number",
+        ),
+        (
+            ["e\temoe:d\t\t8\t\t\t\t\t\t"],
+            r"column emoe_top_k: an emoe: row needs a number from 1; write the",
+        ),
+        (["e\temoe:d\t\t8\t9\t\t\t\t\t"], r"column emoe_top_k: 9 are more than the 8 experts there are"),
+        (["e\temoe:d\t\t-8\t2\t\t\t\t\t"], r"column emoe_experts: -8 is below 0; write the number of experts"),
+        (["e\temoe:d\t\teight\t2\t\t\t\t\t"], r"column emoe_experts: 'eight' is not a whole number"),
+        (["e\temoe:d\t\t8\t2\tlast\t\t\t\t"], r"column emoe_layers: 'last' is not allowed here; write layer numbers"),
+        (
+            ["e\temoe:d\t\t8\t2\t\tgat\t\t\t"],
+            r"column emoe_score: 'gat' is not one of gate, up \(did you mean gate",
+        ),
+        (["e\temoe:d\t\t8\t2\t\t\tkmeans\t\t"], r"column emoe_split: 'kmeans' is not one of cluster, random, contig"),
+        (["e\temoe:d\t\t8\t2\t\t\t\t-1\t"], r"column emoe_seed: -1 is below 0"),
+        (["e\temoe:x\t\t8\t2\t\t\t\t\t"], r"column source: there is no row x; add it\."),
+        (["e\temoe:e\t\t8\t2\t\t\t\t\t"], r"column source: a model cannot be made from itself; name another row"),
+        (["other\temoe:d\t\t8\t2\t\t\t\t\t"], r"column model: the id is that of a demo recipe"),
+        (
+            ["x\tdemo:other\t\t\t\t\t\t\t\tfalse", "e\temoe:x\t\t8\t2\t\t\t\t\t"],
+            r"line 4 \(e\), column source: the row x is not enabled; enable it\.",
+        ),
+        (
+            ["e\temoe:d\t\t8\t2\t\t\t\t\t", "f\temoe:e\t\t4\t2\t\t\t\t\t"],
+            r"line 4 \(f\), column source: the row e is an emoe: row itself; name a dense one",
+        ),
+        (["x\tdemo:other\t\t8\t\t\t\t\t\t"], r"line 3 \(x\), column emoe_experts: only an emoe: row has a value here"),
+        (["x\tdemo:other\t\t\t\t\t\trandom\t\t"], r"column emoe_split: only an emoe: row has a value here; empty"),
+    ],
+)
+def test_a_faulty_emoe_row_is_refused_with_a_sentence(tmp_path, lines, sentence):
+    with pytest.raises(AtlasError, match=sentence):
+        models(tmp_path, DENSE, *lines, header=EMOE)
 
 
 @pytest.mark.parametrize(

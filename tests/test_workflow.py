@@ -90,10 +90,13 @@ def test_the_shipped_sheets_need_these_jobs():
     kinds = Counter(row["kind"] for row in read_sheet(ROOT / "config/corpora.tsv"))
     each = of_one_model(kinds["short"], kinds["long"])
     expected = {rule: number * len(models) for rule, number in each.items()} | ACROSS_MODELS
-    expected |= {"prepare_corpus": kinds.total(), "train_demo_checkpoint": len(models), "saturation": 1}
+    demos = {row["source"].removeprefix("demo:") for row in models if row["source"].startswith("demo:")}
+    expected |= {"prepare_corpus": kinds.total(), "train_demo_checkpoint": len(demos), "saturation": 1}
+    expected |= {"derive_emoe": len(models) - len(demos)}
     assert counts(jobs) == expected
     trained = {job.wildcards["recipe"] for job in jobs if job.rule == "train_demo_checkpoint"}
-    assert trained == {row["source"].removeprefix("demo:") for row in models}
+    assert trained == demos
+    assert [job.wildcards["model"] for job in jobs if job.rule == "derive_emoe"] == ["demo-emoe"]
 
 
 def test_after_a_run_there_is_nothing_to_do(finished):
@@ -159,7 +162,13 @@ def test_an_edit_of_plotting_code_draws_again_and_computes_nothing(atlas):
 
 
 def test_an_edit_of_expensive_code_runs_nothing_until_its_version_is_raised(atlas):
-    for name in ("extract_activations", "train_demo_checkpoint", "describe_checkpoint", "weight_statistics"):
+    for name in (
+        "extract_activations",
+        "train_demo_checkpoint",
+        "describe_checkpoint",
+        "weight_statistics",
+        "derive_emoe",
+    ):
         append(atlas / f"scripts/{name}.py", "\n# a comment\n")
     append(atlas / "scripts/moe_atlas/stream.py", "\n# a comment\n")
     assert planned(atlas) == []
@@ -202,6 +211,24 @@ def test_another_sheet_by_config(atlas):
     rows = read_sheet(atlas / "config/models.tsv")
     write_sheet(atlas / "other.tsv", [row for row in rows if row["model"] == "demo-mistral"])
     assert counts(planned(atlas, "--config", "models=other.tsv")) == ACROSS_MODELS
+
+
+def test_an_emoe_row_is_made_from_a_local_checkpoint_and_follows_it(atlas):
+    rows = read_sheet(atlas / "config/models.tsv")
+    cells = {"source": "emoe:local", "emoe_experts": "4", "emoe_top_k": "2"}
+    write_sheet(atlas / "config/models.tsv", [*rows, rows[0] | {"model": "made"} | cells])
+    jobs = planned(atlas)
+    one = of_one_model(shorts=1, longs=1) | {"derive_emoe": 1}
+    assert counts(jobs) == one | ACROSS_MODELS
+    assert {job.wildcards["model"] for job in jobs if "model" in job.wildcards} == {"made"}
+    pretend_finished(atlas)
+    assert planned(atlas) == []
+    change_model(atlas, "made", emoe_top_k="1")
+    assert counts(planned(atlas)) == one | ACROSS_MODELS
+    change_model(atlas, "made", emoe_top_k="2", notes="other words")
+    assert planned(atlas) == []
+    (atlas / "checkpoints/local/model.safetensors").write_bytes(b"other weights")
+    assert {job.wildcards["model"] for job in planned(atlas) if job.rule == "derive_emoe"} == {"made"}
 
 
 def test_gpus_are_asked_for_by_the_sheet_and_are_not_cut_by_the_profile(atlas):
@@ -290,7 +317,7 @@ def rule_blocks() -> dict[str, str]:
 
 def test_every_rule_says_what_it_does_logs_and_is_measured():
     blocks = rule_blocks()
-    assert len(blocks) == 24
+    assert len(blocks) == 25
     for name, block in blocks.items():
         assert '"""' in block.split("input:")[0], f"{name} has no docstring"
         for directive in ("log", "benchmark", "conda", "threads", "resources", "shell"):
