@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -27,6 +28,8 @@ from moe_atlas.emoe.derive import Settings, derive, merge
 from moe_atlas.emoe.labels import Labels
 from moe_atlas.emoe.split import gate_vectors
 from moe_atlas.errors import AtlasError
+from moe_atlas.manifest import describe
+from moe_atlas.probe import extract
 from moe_atlas.stream import LayerStream
 
 architectures.register()
@@ -39,9 +42,12 @@ FAMILIES = {
     "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES),
     "gemma2": Gemma2Config(**SIZES),  # GELU, two norms after the sublayers
-    "phi3": Phi3Config(
-        **{key: value for key, value in SIZES.items() if key != "head_dim"}
-    ),  # gate and up in one matrix
+    # One matrix with a bias before a GELU, stored the other way round; the embeddings are the head's weights.
+    "gpt2": GPT2Config(
+        vocab_size=64, n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
+    # Gate and up in one matrix.
+    "phi3": Phi3Config(**{key: value for key, value in SIZES.items() if key != "head_dim"}),
 }
 
 
@@ -103,6 +109,7 @@ def masked(network, folder, layers, experts, top_k, score="gate"):
     handles, kept = [], Labels(folder)
     for layer in layers:
         ffn = decoder_layers(network)[layer].mlp
+        down = getattr(ffn, "down_proj", None) or ffn.c_proj
         labels = torch.from_numpy(kept.kept(layer))
         member = torch.nn.functional.one_hot(labels, experts).float()
         inputs = {}
@@ -111,7 +118,9 @@ def masked(network, folder, layers, experts, top_k, score="gate"):
             inputs["x"] = args[0]
 
         def mask(_module, args, inputs=inputs, ffn=ffn, member=member):
-            if hasattr(ffn, "gate_up_proj"):
+            if hasattr(ffn, "c_fc"):
+                gate, up = ffn.c_fc(inputs["x"]) - ffn.c_fc.bias, None
+            elif hasattr(ffn, "gate_up_proj"):
                 gate, up = ffn.gate_up_proj(inputs["x"]).chunk(2, dim=-1)
             else:
                 gate, up = ffn.gate_proj(inputs["x"]), ffn.up_proj(inputs["x"])
@@ -119,7 +128,7 @@ def masked(network, folder, layers, experts, top_k, score="gate"):
             chosen = torch.zeros_like(scores).scatter_(-1, scores.topk(top_k).indices, 1)
             return (args[0] * (chosen @ member.T),)
 
-        handles += [ffn.register_forward_pre_hook(remember), ffn.down_proj.register_forward_pre_hook(mask)]
+        handles += [ffn.register_forward_pre_hook(remember), down.register_forward_pre_hook(mask)]
     try:
         return logits(network)
     finally:
@@ -141,7 +150,12 @@ def test_all_experts_together_are_the_dense_model(dense, tmp_path):
 @pytest.mark.parametrize("score", ["gate", "up"])
 def test_some_experts_are_the_dense_model_with_a_mask_on_its_neurons(dense, score, tmp_path):
     folder, network = dense
-    derive(Checkpoint(folder), Settings(experts=6, top_k=2, layers=(2, 0), score=score), tmp_path)
+    settings = Settings(experts=6, top_k=2, layers=(2, 0), score=score)
+    if score == "up" and network.config.model_type == "gpt2":
+        with pytest.raises(AtlasError, match="one matrix before its activation; write gate as emoe_score"):
+            derive(Checkpoint(folder), settings, tmp_path)
+        return
+    derive(Checkpoint(folder), settings, tmp_path)
     expected = masked(network, tmp_path, (0, 2), 6, 2, score)
     assert (expected - logits(network)).abs().max() > 1e-2
     derived = loaded(tmp_path)
@@ -331,7 +345,7 @@ def test_a_family_whose_ffn_computes_more_is_refused(mistral, tmp_path, monkeypa
 
     original = MistralMLP.forward
     monkeypatch.setattr(MistralMLP, "forward", lambda self, x: 1.5 * original(self, x))
-    with pytest.raises(AtlasError, match="MistralMLP computes more than act"):
+    with pytest.raises(AtlasError, match="MistralMLP computes more than its matrices"):
         derive(Checkpoint(mistral), Settings(experts=8, top_k=2), tmp_path)
 
 
@@ -342,3 +356,48 @@ def test_a_family_whose_ffn_computes_more_is_refused(mistral, tmp_path, monkeypa
 def test_a_config_that_says_something_else_is_refused(values, words):
     with pytest.raises(Exception, match=words):
         EMoEConfig(**{"num_experts": 8, "num_experts_per_tok": 2} | values)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+def test_a_derived_model_is_looked_into_beside_its_dense_one(name, tmp_path):
+    network = dense_model(name)
+    network.save_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(streamed(tmp_path / "dense"), logits(network), rtol=0, atol=1e-5)
+    derive(Checkpoint(tmp_path / "dense"), Settings(experts=6, top_k=2, layers=(0, 2)), tmp_path / "emoe")
+    described = describe("emoe", "emoe:dense", "", tmp_path / "emoe", dense_allowed=False)
+    sizes = {key: described[key] for key in ("N", "k", "m", "d", "L", "moe_layers", "dense_layers")}
+    assert sizes == {"N": 6, "k": 2, "m": 8, "d": 32, "L": 3, "moe_layers": [0, 2], "dense_layers": [1]}
+    assert describe("dense", "path:dense", "", tmp_path / "dense", dense_allowed=True)["m"] == 48
+    sites, found = extract(
+        Checkpoint(tmp_path / "emoe"), IDS.tolist(), keep_tokens=True, reference=Checkpoint(tmp_path / "dense")
+    )
+    assert [site["layer"] for site in sites] == [0, 2]
+    labels = [*map(str, range(6)), "F", "F_same_input"]
+    blocks = [module for module in loaded(tmp_path / "emoe").modules() if isinstance(module, EMoE)]
+    for site, block in zip(sites, blocks, strict=True):
+        assert site["labels"] == labels
+        prefix = f"layer_{site['layer']}.ffn."
+        scores, weights = found[f"{prefix}logits"], found[f"{prefix}weights"]
+        assert torch.equal(weights, torch.ones(IDS.numel(), 2))
+        assert torch.equal(found[f"{prefix}ids"], scores.topk(2).indices) and bool((scores < 0).any())
+        assert find_sites(torch.nn.ModuleList([block]))[0].bank().router.equal(block.router.weight)
+    # In the first layer both see the same inputs, so F is F_same_input.
+    cosine = found["layer_0.ffn.cosine"]
+    assert cosine[:, 6, 7].min() > 0.9999
+
+
+def test_files_whose_names_lack_the_models_prefix_are_taken(tmp_path):
+    """As the Hub's own gpt2, which also ships its attention masks."""
+    network = dense_model("gpt2")
+    network.save_pretrained(tmp_path / "dense")
+    stored = {name.removeprefix("transformer."): tensor for name, tensor in tensors(tmp_path / "dense").items()}
+    stored["h.0.attn.bias"] = torch.ones(1, 1, 64, 64)
+    save_file(stored, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    derive(Checkpoint(tmp_path / "dense"), Settings(experts=4, top_k=4), tmp_path / "emoe")
+    expected = logits(network)
+    nearly = {"rtol": 0, "atol": 1e-6 * float(expected.abs().max().clamp(1))}
+    torch.testing.assert_close(streamed(tmp_path / "emoe"), expected, **nearly)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "emoe")), expected, **nearly)
+    merge(tmp_path / "emoe", tmp_path / "back")
+    after = {name.removeprefix("transformer."): tensor for name, tensor in tensors(tmp_path / "back").items()}
+    assert after.keys() == stored.keys() and all(torch.equal(after[name], stored[name]) for name in stored)

@@ -1,11 +1,12 @@
 """EMoE: a dense causal model, some of whose FFNs are read as experts (Qiu et al. 2024, arXiv 2310.10908, section 3).
 
-The neurons of a gated FFN are dealt to N experts of equal size. The router has no weights of its own: an expert's score
+The neurons of an FFN are dealt to N experts of equal size. The router has no weights of its own: an expert's score
 is the product of the input with the mean of its neurons' keys (avg-k), signed. The k experts with the highest scores
 answer, each with weight 1. With k = N the model computes what the dense one does.
 
-Any family of transformers whose FFN is act(W_act x) * (W_up x) will do: the dense model is built by its own class, and
-the FFNs of the chosen layers are exchanged. config.json holds the dense model's values and those of EMoEConfig.
+Any family of transformers will do whose FFN is act(W x) * (V x) without biases, or act(W x + b) as GPT-2's: the dense
+model is built by its own class, and the FFNs of the chosen layers are exchanged. config.json holds the dense model's
+values and those of EMoEConfig.
 moe_atlas/emoe/derive.py writes such a checkpoint from a dense one, and back.
 """
 
@@ -29,11 +30,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe_atlas.architectures.bank import FFN
-from moe_atlas.architectures.ffn import activation_function, dense_ffn, ffn_view
+from moe_atlas.architectures.ffn import activation_function, dense_ffn, ffn_biases, ffn_view, roles
 from moe_atlas.architectures.layers import decoder_layers
 
 MODEL_TYPE = "emoe"
 SCORES = ("gate", "up")
+# Tensors of an expert without a gate branch: in the files -> in EMoEPlainExperts.
+PLAIN_NAMES = {"fc1.weight": "up_proj", "fc1.bias": "up_proj_bias", "fc2.weight": "down_proj"}
 
 
 @strict
@@ -41,7 +44,7 @@ class EMoEConfig(PreTrainedConfig):
     """The dense model's values, as they are, and which of its FFNs are experts.
 
     emoe_layers: decoder layers, from 0; None for all. emoe_score: the rows whose mean an expert is scored by, "gate"
-    those under the activation (gate_proj), "up" those it is multiplied with. emoe_split and emoe_seed: for the record.
+    those under the activation, "up" those it is multiplied with. emoe_split and emoe_seed: for the record.
     """
 
     model_type = MODEL_TYPE
@@ -84,6 +87,41 @@ class EMoEExperts(MixtralExperts):
         self.act_fn = act_fn
 
 
+@use_experts_implementation(has_gate=False, has_bias=True)
+class EMoEPlainExperts(nn.Module):
+    """Experts without a gate branch: up_proj (N, m, d), up_proj_bias (N, m), down_proj (N, d, m).
+
+    The bias of the FFN's output belongs to no expert and is not here.
+    """
+
+    def __init__(
+        self, config: EMoEConfig, ffn: FFN, bias: torch.Tensor, act_fn: Callable[[torch.Tensor], torch.Tensor]
+    ):
+        super().__init__()
+        neurons, self.hidden_dim = ffn.up.shape
+        self.num_experts, self.intermediate_dim = config.num_experts, neurons // config.num_experts
+        rows = (self.num_experts, self.intermediate_dim, self.hidden_dim)
+        self.up_proj = nn.Parameter(ffn.up.reshape(rows).contiguous())
+        self.up_proj_bias = nn.Parameter(bias.detach().reshape(rows[:2]).contiguous())
+        self.down_proj = nn.Parameter(ffn.down.T.reshape(rows).transpose(1, 2).contiguous())
+        self.act_fn = act_fn
+
+    @property
+    def down_proj_bias(self) -> torch.Tensor:
+        """Zeros (N, d): the experts interface wants both biases or none."""
+        return self.down_proj.new_zeros(self.num_experts, self.hidden_dim)
+
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
+        """Expert by expert: (T, d), ids (T, k), weights (T, k) to (T, d)."""
+        mixture = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            tokens, slots = torch.where(top_k_index == expert)
+            up = nn.functional.linear(hidden_states[tokens], self.up_proj[expert], self.up_proj_bias[expert])
+            output = nn.functional.linear(self.act_fn(up), self.down_proj[expert])
+            mixture.index_add_(0, tokens, (output * top_k_weights[tokens, slots, None]).to(mixture.dtype))
+        return mixture
+
+
 class EMoERouter(nn.Module):
     """The avg-k gate: weight (N, d), a buffer, the means of the experts' raw keys."""
 
@@ -102,26 +140,39 @@ class EMoERouter(nn.Module):
 
 
 class EMoE(nn.Module):
-    """Router and experts in the place of one gated FFN d -> F -> d, whose neurons are dealt out in their order."""
+    """Router and experts in the place of one FFN d -> F -> d, whose neurons are dealt out in their order.
+
+    down_bias (d,): the bias of the FFN's output, added once, or None. dropout: what the FFN has after it.
+    """
 
     def __init__(self, config: EMoEConfig, ffn: nn.Module):
         super().__init__()
-        view, act_fn = ffn_view(ffn), activation_function(ffn)
+        view, act_fn, biases = ffn_view(ffn), activation_function(ffn), ffn_biases(ffn)
         neurons, hidden = view.up.shape
-        own = {id(parameter) for parameter in ffn.parameters()}
-        if view.act is None or act_fn is None or len(own) > 3 or any(p.dim() != 2 for p in ffn.parameters()):
-            raise ValueError(f"{type(ffn).__name__} is more or less than act(W x) * (V x) without biases")
+        known = len(roles(ffn)) + sum(bias is not None for bias in biases.values())
+        if act_fn is None or len(list(ffn.parameters())) != known or (view.act is not None and known > len(roles(ffn))):
+            raise ValueError(f"{type(ffn).__name__} is neither act(W x) * (V x) without biases nor act(W x + b)")
         if neurons % config.num_experts:
             raise ValueError(f"{config.num_experts} experts of equal size cannot be made of {neurons} neurons")
-        self.score = config.emoe_score
-        self.experts = EMoEExperts(config, view, act_fn)
+        if view.act is None and config.emoe_score != "gate":
+            raise ValueError(f"{type(ffn).__name__} has one matrix before its activation; write gate as emoe_score")
+        self.score, self.down_bias, self.dropout = config.emoe_score, None, getattr(ffn, "dropout", None)
+        if view.act is not None:
+            self.experts = EMoEExperts(config, view, act_fn)
+        else:
+            if any(bias is None for bias in biases.values()):
+                raise ValueError(f"{type(ffn).__name__} has no biases, which is known of gated FFNs only")
+            self.experts = EMoEPlainExperts(config, view, biases["up"], act_fn)
+            self.down_bias = nn.Parameter(biases["down"].detach().clone())
         self.router = EMoERouter(config, hidden)
         self.router.weight.copy_(self.keys_mean())
 
     def keys_mean(self) -> torch.Tensor:
         """What the router's weight has to be, (N, d) float32 or better: the mean of each expert's raw keys."""
-        gate, up = self.experts.gate_up_proj.detach().chunk(2, dim=1)
-        keys = gate if self.score == "gate" else up
+        if isinstance(self.experts, EMoEPlainExperts):
+            keys = self.experts.up_proj.detach()
+        else:
+            keys = self.experts.gate_up_proj.detach().chunk(2, dim=1)[SCORES.index(self.score)]
         return keys.to(self.router.weight.dtype).mean(dim=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -129,7 +180,9 @@ class EMoE(nn.Module):
             self.router.weight.copy_(self.keys_mean())
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, indices = self.router(tokens)
-        return self.experts(tokens, indices, weights).view_as(hidden_states)
+        output = self.experts(tokens, indices, weights).view_as(hidden_states)
+        output = output if self.down_bias is None else output + self.down_bias
+        return output if self.dropout is None else self.dropout(output)
 
 
 class EMoEForCausalLM(PreTrainedModel, GenerationMixin):
@@ -198,6 +251,14 @@ def register() -> None:
             source_patterns="experts.*.down_proj.weight",
             target_patterns="experts.down_proj",
             operations=[MergeModulelist(dim=0)],
+        ),
+        *(
+            WeightConverter(
+                source_patterns=f"experts.*.{stored}",
+                target_patterns=f"experts.{parameter}",
+                operations=[MergeModulelist(dim=0)],
+            )
+            for stored, parameter in PLAIN_NAMES.items()
         ),
     ]
     register_checkpoint_conversion_mapping(MODEL_TYPE, mapping, overwrite=True)

@@ -4,7 +4,7 @@ from torch import nn
 
 from moe_atlas.errors import AtlasError
 
-_LAYER_LISTS = ("layers", "blocks")
+_LAYER_LISTS = ("layers", "blocks", "h")
 
 
 def decoder(model: nn.Module) -> nn.Module:
