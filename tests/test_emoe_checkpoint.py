@@ -271,19 +271,22 @@ def test_what_is_recorded_of_a_split(mistral, tmp_path):
     assert all(layer["objective"] < layer["objective_random"] for layer in record["layers"])
 
 
-def test_a_derived_model_generates_and_saves_like_any_other(mistral, tmp_path):
-    derive(Checkpoint(mistral), Settings(experts=8, top_k=2), tmp_path / "emoe")
+@pytest.mark.parametrize("name", ["mistral", "gpt2"])
+def test_a_derived_model_generates_and_saves_like_any_other(name, tmp_path):
+    dense_model(name).save_pretrained(tmp_path / "dense")
+    derive(Checkpoint(tmp_path / "dense"), Settings(experts=8, top_k=2), tmp_path / "emoe")
     network = loaded(tmp_path / "emoe")
     assert type(network) is EMoEForCausalLM and network.config.hidden_size == 32
     cached = network.generate(IDS, max_new_tokens=5, do_sample=False)
     whole = network.generate(IDS, max_new_tokens=5, do_sample=False, use_cache=False)
     assert cached.shape == (2, 16) and torch.equal(cached, whole)
     network.save_pretrained(tmp_path / "saved")
+    assert tensors(tmp_path / "saved").keys() == {f"dense.{key}" for key in tensors(tmp_path / "emoe")}
     assert torch.equal(logits(loaded(tmp_path / "saved")), logits(network))
     # What transformers has saved merges back too, with the labels beside it.
     (tmp_path / "saved" / "labels.safetensors").write_bytes((tmp_path / "emoe" / "labels.safetensors").read_bytes())
     merge(tmp_path / "saved", tmp_path / "back")
-    before, after = tensors(mistral), tensors(tmp_path / "back")
+    before, after = tensors(tmp_path / "dense"), tensors(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -35,8 +35,8 @@ from moe_atlas.architectures.layers import decoder_layers
 
 MODEL_TYPE = "emoe"
 SCORES = ("gate", "up")
-# Tensors of an expert without a gate branch: in the files -> in EMoEPlainExperts.
-PLAIN_NAMES = {"fc1.weight": "up_proj", "fc1.bias": "up_proj_bias", "fc2.weight": "down_proj"}
+# What an expert without a gate branch has before its activation: in the files -> in EMoEPlainExperts.
+PLAIN_NAMES = {"fc1.bias": "up_proj_bias", "fc1.weight": "up_proj"}
 
 
 @strict

@@ -35,7 +35,7 @@ RECORD = "emoe.json"
 _PARTS = {"act_up": ("act", "up")}
 # A part of an FFN as a tensor of one expert: with a gate branch, and without.
 _GATED = {"act": "gate_proj.weight", "up": "up_proj.weight", "down": "down_proj.weight"}
-_PLAIN = {"up": "fc1.weight", "up_bias": "fc1.bias", "down": "fc2.weight"}
+_PLAIN = {"up": "fc1.weight", "up_bias": "fc1.bias", "down": "down_proj.weight"}
 # The bias of the output, which is nobody's.
 _DOWN_BIAS = "down_bias"
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
