@@ -65,20 +65,6 @@ def corpus_parts(wildcards):
     return [f"{folder}/{number}-of-{count}/activations.safetensors" for number in range(1, count + 1)]
 
 
-def derivation_options(wildcards):
-    """Options of derive_emoe.py: how this row's experts are made."""
-    row = model(wildcards)
-    values = {
-        "--experts": row.emoe_experts,
-        "--top-k": row.emoe_top_k,
-        "--layers": row.emoe_layers or "all",
-        "--score": row.emoe_score,
-        "--split": row.emoe_split,
-        "--seed": row.emoe_seed,
-    }
-    return [str(part) for pair in values.items() for part in pair]
-
-
 def start_recipe(wildcards):
     """Recipes that this recipe's training begins from: one or none."""
     start = RECIPES[wildcards.recipe].start_from
