@@ -1,25 +1,18 @@
 """A dense checkpoint becomes an EMoE and comes back: same outputs with all experts, same bits when merged."""
 
-import hashlib
 import json
 
 import numpy as np
 import pytest
 import torch
-from model_types import token_ids
-from safetensors.torch import load_file, save_file
+from emoe_models import FAMILIES, IDS, SIZES, dense_model, loaded, logits, streamed, tensors
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
     LlamaConfig,
-    MistralConfig,
     MixtralConfig,
-    Phi3Config,
-    Qwen3Config,
 )
 
-from moe_atlas import architectures
 from moe_atlas.architectures.emoe import EMoE, EMoEConfig, EMoEForCausalLM
 from moe_atlas.architectures.layers import decoder_layers
 from moe_atlas.architectures.sites import find_sites
@@ -30,36 +23,6 @@ from moe_atlas.emoe.split import gate_vectors
 from moe_atlas.errors import AtlasError
 from moe_atlas.manifest import describe
 from moe_atlas.probe import extract
-from moe_atlas.stream import LayerStream
-
-architectures.register()
-
-IDS = torch.tensor(token_ids([11, 11], vocabulary=64))
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
-FAMILIES = {
-    "mistral": MistralConfig(**SIZES, sliding_window=None),
-    "llama": LlamaConfig(**SIZES, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SIZES),
-    "gemma2": Gemma2Config(**SIZES),  # GELU, two norms after the sublayers
-    # One matrix with a bias before a GELU, stored the other way round; the embeddings are the head's weights.
-    "gpt2": GPT2Config(
-        vocab_size=64, n_embd=32, n_inner=48, n_layer=3, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    ),
-    # Gate and up in one matrix.
-    "phi3": Phi3Config(**{key: value for key, value in SIZES.items() if key != "head_dim"}),
-}
-
-
-def dense_model(name, seed=0, dtype=torch.float32):
-    """A dense model whose FFNs matter to its logits."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = AutoModelForCausalLM.from_config(FAMILIES[name]).eval()
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
-    return network.to(dtype)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -78,30 +41,6 @@ def mistral(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistral")
     dense_model("mistral").save_pretrained(folder)
     return folder
-
-
-def logits(network):
-    with torch.no_grad():
-        return network(IDS, use_cache=False).logits
-
-
-def loaded(folder, **arguments):
-    network, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    return network.eval()
-
-
-def streamed(folder):
-    stream = LayerStream(Checkpoint(folder))
-    stream.begin([IDS])
-    for index in range(len(stream)):
-        with stream.layer(index):
-            stream.step(0)
-    return stream.logits(0)
-
-
-def tensors(folder):
-    return {name: tensor for file in folder.glob("model*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def masked(network, folder, layers, experts, top_k, score="gate"):
@@ -227,39 +166,6 @@ def test_the_order_of_the_neurons_changes_nothing(mistral, tmp_path):
     torch.testing.assert_close(
         logits(loaded(tmp_path / "second")), logits(loaded(tmp_path / "first")), rtol=0, atol=1e-5
     )
-
-
-def test_labels_belong_to_the_weights_they_were_made_from(mistral, tmp_path):
-    settings, folder = Settings(experts=8, top_k=2), tmp_path / "emoe"
-    derive(Checkpoint(mistral), settings, folder)
-    path = folder / "labels.safetensors"
-    first = load_file(path)
-    # Labels that the rule would not give show whether they are used.
-    marked = {name: labels.flip(0).contiguous() for name, labels in first.items()}
-    save_file(marked, path, dict(Labels(folder).digests))
-    derive(Checkpoint(mistral), Settings(experts=8, top_k=4), folder)
-    assert all(torch.equal(load_file(path)[name], marked[name]) for name in first)
-    # One key of one layer is another: that layer is clustered anew, and no other.
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    stored = tensors(mistral)
-    stored["model.layers.1.mlp.gate_proj.weight"][0, 0] += 1e-3
-    save_file(stored, changed / "model.safetensors", {"format": "pt"})
-    (changed / "config.json").write_text((mistral / "config.json").read_text())
-    derive(Checkpoint(changed), settings, folder)
-    again = load_file(path)
-    assert [torch.equal(again[f"layer_{layer}"], marked[f"layer_{layer}"]) for layer in range(3)] == [True, False, True]
-    for other in (Settings(experts=4, top_k=2), Settings(experts=8, top_k=2, seed=1), Settings(8, 2, split="random")):
-        digests = set(Labels(folder).digests.values())
-        derive(Checkpoint(changed), other, folder)
-        assert not digests & set(Labels(folder).digests.values())
-
-
-def test_the_digest_is_that_of_the_keys_bytes(mistral, tmp_path):
-    derive(Checkpoint(mistral), Settings(experts=8, top_k=2, layers=(1,)), tmp_path)
-    keys = tensors(mistral)["model.layers.1.mlp.gate_proj.weight"]
-    expected = hashlib.sha256(b"torch.float32 (48, 32) 8 cluster 0\n" + keys.numpy().tobytes()).hexdigest()
-    assert dict(Labels(tmp_path).digests) == {"layer_1": expected}
 
 
 def test_what_is_recorded_of_a_split(mistral, tmp_path):
