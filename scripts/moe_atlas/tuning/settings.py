@@ -112,7 +112,7 @@ def _study(path: str | Path, name: str, values: dict[str, Any]) -> Study:
                 f"{path}, studies, {name}: {share} of {experts} experts is no whole number of them; change the share."
             )
         shapes.append(Shape(experts, round(k), tuple(layers)))
-    if values["selection_seeds"] > values["seeds"]:
+    if values["selection_seeds"] > values["seeds"] and max(map(len, values["rates"].values())) > 1:
         raise AtlasError(f"{path}, studies, {name}: selection_seeds is above seeds; choose on some of them.")
     lists = {key: tuple(values[key]) for key in ("models", "tasks", "arms", "fractions")}
     numbers = {key: values[key] for key in ("seeds", "selection_seeds")}

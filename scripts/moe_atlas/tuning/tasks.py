@@ -138,7 +138,7 @@ def _topic(rng: np.random.Generator) -> Task:
 
         for split, part in enumerate(_deal(list(texts), (0.45, 0.15, 0.2, 0.2), size, rng)):
             documents = [(path, [texts[path][split == 3]]) for path in part]
-            pieces[SPLITS[split]].append(_windows(documents, str.split, 8, rng))
+            pieces[SPLITS[split]].append(_windows(documents, str.split, 11, rng))
     return _task("topic", tuple(TOPICS), pieces, rng)
 
 
