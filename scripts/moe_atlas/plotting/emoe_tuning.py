@@ -18,6 +18,7 @@ _GAP, _HEAD = 0.16, 0.85
 _MOST_TASKS, _MOST_PANELS = 4, 6
 _INTERVAL = "mean over seeds of the paired difference, with its 95 % interval"
 _EMOE = "emoe"  # the arm whose shape, layers and share of the data are varied
+_AGAINST_DENSE = (pl.col("arm") == _EMOE) & (pl.col("baseline") == "dense")
 
 
 def _look(number: int) -> dict:
@@ -121,7 +122,7 @@ def arms(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
 
 def grid(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
     """EMoE minus dense tuning, by the number of experts and the share of them that is chosen."""
-    table = _differences(frames, "grid").filter((pl.col("arm") == _EMOE) & pl.col("experts").is_not_null())
+    table = _differences(frames, "grid").filter(_AGAINST_DENSE & pl.col("experts").is_not_null())
     table = _main(table.filter(pl.col("fraction") == table["fraction"].max()), "layers")
     shapes = table.select("experts", "k").unique().sort("experts", "k").rows()
     if len(shapes) < 2:
@@ -146,7 +147,7 @@ def grid(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
 
 def layers(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
     """EMoE minus dense tuning, by which layers have experts."""
-    table = _differences(frames, "layers").filter((pl.col("arm") == _EMOE) & pl.col("layers").is_not_null())
+    table = _differences(frames, "layers").filter(_AGAINST_DENSE & pl.col("layers").is_not_null())
     table = _main(table.filter(pl.col("fraction") == table["fraction"].max()), "experts", "k")
     places = table["layers"].unique(maintain_order=True).to_list()
     places.sort(key=lambda text: [int(layer) for layer in text.replace(",", " ").split()])
@@ -263,7 +264,8 @@ def _overlap_lines(figure: Figure, overlaps: pl.DataFrame, order: list[str], top
     for column, layer in enumerate(layers):
         axes = add_axes(figure, left + column * (width + 0.3), top, width, 0.95)
         rows = overlaps.filter(pl.col("layer") == layer)
-        axes.axhline(rows["chance"][0], color="0.45", linestyle="--", linewidth=0.8)
+        for chance in sorted(set(rows["chance"])):  # of copies another than of the others
+            axes.axhline(chance, color="0.45", linestyle="--", linewidth=0.8)
         for number, arm in enumerate(arms_shown):
             own = rows.filter(pl.col("arm") == arm).group_by("step").agg(
                 pl.col("value").mean(), pl.col("value").min().alias("low"), pl.col("value").max().alias("high")
