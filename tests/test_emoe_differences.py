@@ -48,7 +48,7 @@ def test_paired_interval_and_p_by_hand():
 def test_paired_without_spread_or_pairs():
     assert paired(np.array([0.2])) == (None, None, None)
     assert paired(np.zeros(4)) == (0.0, 0.0, None)
-    assert paired(np.full(4, -0.25)) == (-0.25, -0.25, 0.0)
+    assert paired(np.full(4, -0.25)) == (None, None, None)
 
 
 def test_a_coin_is_significant_as_often_as_it_should_be():

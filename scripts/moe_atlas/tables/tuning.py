@@ -53,7 +53,7 @@ TUNING: dict[str, Table] = {
             ("metric", STRING, "what the difference is of"),
             ("seeds", INTEGER, "pairs of runs"),
             ("difference", NUMBER, "mean over seeds of the arm less the baseline"),
-            ("low", NUMBER, "95 % interval of the mean by Student's t; null below 2 seeds"),
+            ("low", NUMBER, "95 % interval of the mean by Student's t; null below 2 seeds, or if all agree but on 0"),
             ("high", NUMBER, "its upper end"),
             ("p_value", NUMBER, "two-sided paired t; null below 2 seeds or where no difference varies"),
             ("p_adjusted", NUMBER, "by Holm's method over all rows of the study and model"),

@@ -65,13 +65,14 @@ def _contrast(tested: pl.DataFrame, arm: str, baseline: str) -> list[dict]:
 def paired(found: np.ndarray) -> tuple[float | None, float | None, float | None]:
     """(low, high, p) of the mean of differences (n,): Student's t with n - 1 degrees, two-sided.
 
-    None below two of them. Differences that are all 0 give the interval 0 to 0 and no p; equal ones other than 0 p = 0.
+    None below two of them, and where all are equal but not 0: scores are counted in whole examples, so that a few seeds
+    can agree by chance, and nothing is known of their spread. All 0, as of two arms that are one, is 0 to 0 and no p.
     """
     count = len(found)
     if count < 2:
         return None, None, None
     mean, error = found.mean(), found.std(ddof=1) / np.sqrt(count)
     if error <= 1e-12 * max(abs(mean), 1e-300):
-        return float(mean), float(mean), None if mean == 0 else 0.0
+        return (0.0, 0.0, None) if mean == 0 else (None, None, None)
     reach = stats.t.ppf((1 + LEVEL) / 2, count - 1) * error
     return float(mean - reach), float(mean + reach), float(2 * stats.t.sf(abs(mean) / error, count - 1))
