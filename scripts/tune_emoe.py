@@ -5,6 +5,8 @@ import os
 
 # Set before transformers is imported: tuning reads nothing from the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# On a GPU torch refuses to repeat a product exactly without a workspace of fixed size.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from moe_atlas import devices, tables
 from moe_atlas.log import run, say

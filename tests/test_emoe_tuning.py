@@ -24,7 +24,7 @@ from moe_atlas.training.loop import make_deterministic
 from moe_atlas.training.save import save_checkpoint
 from moe_atlas.training.tokenizer import train_tokenizer
 from moe_atlas.tuning.arms import ARMS, Arm
-from moe_atlas.tuning.classifier import build, choices, expert_counts, forward, load_classifier, masks_of
+from moe_atlas.tuning.classifier import build, choices, expert_counts, load_classifier, masks_of
 from moe_atlas.tuning.data import Examples, encode
 from moe_atlas.tuning.fit import Schedule, evaluate, fit, orders
 from moe_atlas.tuning.metrics import score
@@ -35,6 +35,7 @@ H, F, N, K, LAYERS = 16, 32, 8, 2, [1]
 WORDS = ("red", "green", "blue", "one", "two", "three", "four")
 SHARED = {"hidden_size": H, "intermediate_size": F, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHARED |= {"vocab_size": 300, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
+CPU = torch.device("cpu")
 BACKBONES = pytest.mark.parametrize("backbone", ["mistral", "bert"])
 logging.set_verbosity_error()
 
@@ -88,7 +89,7 @@ def test_padding_does_not_change_an_answer(checkpoints, examples, backbone):
     built = made(checkpoints, examples, "emoe", backbone)
     together = logits(built, examples["validation"])
     for i in (0, 5, 11):
-        one = forward(built.model, examples["validation"].batch([i]), torch.device("cpu"))
+        one = examples["validation"].answers(built.model, examples["validation"].batch([i]), CPU)
         torch.testing.assert_close(together[i], one[0].detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -174,15 +175,16 @@ def test_noise_has_its_width_and_spares_the_head(checkpoints, examples):
 
 def test_dropout_is_in_the_converted_layer_while_training_only(checkpoints, examples):
     built = made(checkpoints, examples, "dense-dropout")
-    inputs = examples["train"].batch(range(16))
+    train = examples["train"]
+    inputs = train.batch(range(16))
     built.model.eval()
-    first, second = (forward(built.model, inputs, torch.device("cpu")) for _ in range(2))
+    first, second = (train.answers(built.model, inputs, CPU) for _ in range(2))
     assert torch.equal(first, second)
     heard = {}
     for ffn in dense_ffns(built.model):
         ffn.first.register_forward_hook(lambda _m, _i, out, layer=ffn.layer: heard.update({layer: out}))
     built.model.train()
-    forward(built.model, inputs, torch.device("cpu"))
+    train.answers(built.model, inputs, CPU)
     assert (heard[0] == 0).float().mean() == 0 and 0.07 < (heard[1] == 0).float().mean() < 0.13
 
 

@@ -54,10 +54,11 @@ rule fetch_task:
         runtime=4 * 60,
     params:
         method=METHODS["fetch_task"],
+        source=lambda wildcards: TUNINGS.tasks[wildcards.task]["source"],
     # Nothing is told to the bucket in which `datasets` counts what is loaded.
     shell:
         """
         exec >{log:q} 2>&1
         HF_HUB_OFFLINE=0 HF_DATASETS_OFFLINE=0 HF_UPDATE_DOWNLOAD_COUNTS=0 \
-            python {input.code:q} --task {wildcards.task:q} --source data:{input.file:q} --output {output:q}
+            python {input.code:q} --task {wildcards.task:q} --source {params.source:q} --output {output:q}
         """

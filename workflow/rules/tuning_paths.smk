@@ -21,7 +21,8 @@ def tuning_digest(wildcards):
 
 def data_file(task):
     """The file of data sets of a task; empty where its texts come with CPython."""
-    return TUNINGS.tasks[task]["source"].partition("data:")[2]
+    scheme, _, locator = TUNINGS.tasks[task]["source"].partition(":")
+    return "" if scheme == "demo" else locator
 
 
 def tuned_files(name):

@@ -108,7 +108,8 @@ class ExpertMask:
         activation, hidden = arguments[0], self._input
         self._input = None
         learned = isinstance(self.score, nn.Module)
-        scores = self.score(hidden) if learned else self._own_scores(hidden, activation)
+        with torch.autocast(activation.device.type, enabled=False):  # scores are float32, whatever the products are
+            scores = self.score(hidden) if learned else self._own_scores(hidden, activation)
         with torch.no_grad():
             chosen = self.select(scores)
         self.scores, self.chosen = scores, chosen

@@ -169,6 +169,7 @@ def layers(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure
 def fraction(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
     """Dense tuning and EMoE by the share of the training data; a dot is a seed."""
     runs = _study(frames["emoe_runs"], "fraction").filter(pl.col("chosen") & (pl.col("test") != "validation"))
+    runs = runs.filter(~pl.col("test").str.contains("/", literal=True))  # no groups of a test
     runs = runs.filter(pl.col("arm").is_in([_EMOE, "dense"]))
     runs = _main(runs, "experts", "k", "layers")
     shares = sorted(runs["fraction"].unique())

@@ -17,11 +17,11 @@ _RUN = (
 )
 _EXAMPLES = (
     ("task", STRING, "id of the task"),
-    ("split", STRING, "train, validation, in-domain, shifted"),
+    ("split", STRING, "train, validation, in-domain, shifted; of instructions shots too"),
     ("document", STRING, "what the text is from; no document is in two splits"),
-    ("text", STRING, "the text"),
-    ("pair", STRING, "second text of a pair; null: there is none"),
-    ("label", NUMBER, "class, from 0, or the value of a regression"),
+    ("text", STRING, "the text; the prompt of an instruction; a question with its choices"),
+    ("pair", STRING, "second text of a pair, response, or subject of a question; null: there is none"),
+    ("label", NUMBER, "class, from 0, value of a regression, or right choice; null: of a response"),
     ("classes", INTEGER, "number of classes; 0: a regression"),
 )
 
@@ -35,10 +35,10 @@ TUNING: dict[str, Table] = {
             ("seed", INTEGER, "of the head, the order of the examples and what the arm draws"),
             ("learning_rate", NUMBER, "peak"),
             ("chosen", pl.Boolean, "whether this learning rate is the arm's; of another only the validation is kept"),
-            ("test", STRING, "validation, in-domain or shifted"),
+            ("test", STRING, "validation, in-domain or shifted; test/subject: the questions of a subject"),
             ("metric", STRING, "what value is"),
             ("value", NUMBER, "1 is perfect"),
-            ("chance", NUMBER, "of the commonest class always, or 0 for correlations"),
+            ("chance", NUMBER, "of the commonest class always, of one letter of all, or 0 for correlations"),
             ("examples", INTEGER, "of the test"),
             ("step", INTEGER, "after which the kept weights were reached"),
         ),

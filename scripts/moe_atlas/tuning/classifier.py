@@ -1,4 +1,4 @@
-"""A pre-trained model with a new head, turned into what an arm says."""
+"""A pre-trained model, with a new head or its own, turned into what an arm says."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from moe_atlas.emoe.copies import CopiedExperts, copy_experts
 from moe_atlas.emoe.ffns import DenseFFN, dense_ffns
@@ -17,9 +17,11 @@ from moe_atlas.emoe.split import split_neurons
 from moe_atlas.errors import AtlasError
 from moe_atlas.tuning.arms import Arm
 from moe_atlas.tuning.data import Examples
+from moe_atlas.tuning.language import Completions, Questions
 
-# LoRA of the paper's runs on GLUE; PEFT knows which matrices of the attention a model type adapts.
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
+# LoRA of the paper's runs on GLUE and on instructions; PEFT knows which matrices of the attention a model type adapts.
+LORA = {"task_type": "SEQ_CLS", "r": 8, "lora_alpha": 16, "lora_dropout": 0.1}
+LANGUAGE_LORA = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
 _EXTRAS = 1_000_003  # added to the seed for what only some arms draw, so that all arms have the same head and order
 
 
@@ -32,6 +34,7 @@ class Classifier:
     masks: list[ExpertMask] = field(default_factory=list)
     copies: list[CopiedExperts] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
+    precision: str = "float32"  # of matrix products
 
     @property
     def routed(self) -> list[ExpertMask | CopiedExperts]:
@@ -57,8 +60,25 @@ def load_classifier(folder: Path, classes: int, padding: int, seed: int) -> nn.M
     return model
 
 
+def load_language_model(folder: Path, arm: Arm, precision: str) -> nn.Module:
+    """The pre-trained causal language model in `folder`, as it is.
+
+    Under LoRA its weights are of the given precision. Weights that are tuned are float32 in any case: a step of 2e-5 is
+    smaller than what bfloat16 can add to most of them.
+    """
+    kept = getattr(torch, precision) if arm.lora else torch.float32
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=kept, local_files_only=True)
+
+
 def build(
-    model: nn.Module, arm: Arm, experts: int, k: int, layers: list[int], examples: Examples, seed: int
+    model: nn.Module,
+    arm: Arm,
+    experts: int,
+    k: int,
+    layers: list[int],
+    examples: Examples | Completions,
+    seed: int,
+    lora: dict = LORA,
 ) -> Classifier:
     """Make of a model with its head what the arm says, in place: `layers` are the FFNs with experts, from 0.
 
@@ -71,9 +91,9 @@ def build(
         _add_noise([value for value in model.parameters() if id(value) not in head], arm.noise)
     labels = [split_neurons(ffn.keys, experts, rule=arm.split, seed=seed) for ffn in ffns if arm.form == "mask"]
     if arm.lora:
-        from peft import LoraConfig, TaskType, get_peft_model  # seconds to import, which most arms need not wait
+        from peft import LoraConfig, get_peft_model  # seconds to import, which most arms need not wait
 
-        model = get_peft_model(model, LoraConfig(task_type=TaskType.SEQ_CLS, **LORA))
+        model = get_peft_model(model, LoraConfig(**lora))
         ffns = _at(dense_ffns(model), layers)
     built = Classifier(model, arm, layers=list(layers))
     if arm.form == "copies":
@@ -112,7 +132,7 @@ def _mask(arm: Arm, ffn: DenseFFN, labels: np.ndarray, k: int) -> ExpertMask:
 
 
 @torch.no_grad()
-def _fix_to_most_used(built: Classifier, examples: Examples) -> None:
+def _fix_to_most_used(built: Classifier, examples: Examples | Completions) -> None:
     """Replace each mask by one with the k experts that it chooses most often over the examples; of a tie the first."""
     for mask in built.masks:
         mask.install()
@@ -124,7 +144,7 @@ def _fix_to_most_used(built: Classifier, examples: Examples) -> None:
 
 
 @torch.no_grad()
-def expert_counts(built: Classifier, examples: Examples) -> np.ndarray:
+def expert_counts(built: Classifier, examples: Examples | Completions) -> np.ndarray:
     """How many tokens choose each expert of each converted layer, (layers, N) int64; padding does not count."""
     total = np.zeros((len(built.routed), 0), dtype=np.int64)
     for _, chosen in choices(built, examples):
@@ -134,25 +154,23 @@ def expert_counts(built: Classifier, examples: Examples) -> np.ndarray:
 
 
 @torch.no_grad()
-def choices(built: Classifier, examples: Examples, size: int = 64):
-    """For each batch (logits, chosen): chosen (tokens, N) bool of each converted layer, without padding."""
+def choices(built: Classifier, examples: Examples | Completions | Questions):
+    """For each batch (answers, chosen): chosen (tokens, N) bool of each converted layer, without padding."""
     training = built.model.training
     built.model.eval()
     device = next(built.model.parameters()).device
-    for start in range(0, len(examples), size):
-        inputs = examples.batch(range(start, min(start + size, len(examples))))
+    for start in range(0, len(examples), examples.together):
+        inputs = examples.batch(range(start, min(start + examples.together, len(examples))))
         real = inputs["attention_mask"].bool()
-        logits = forward(built.model, inputs, device)
+        with products_in(built.precision, device):
+            logits = examples.answers(built.model, inputs, device)
         yield logits.float().cpu(), [site.chosen.cpu()[real].numpy() for site in built.routed]
     built.model.train(training)
 
 
-def forward(model: nn.Module, inputs: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Logits (batch, classes). Only a model with types of tokens is given them."""
-    names = ["input_ids", "attention_mask"]
-    if getattr(model.config, "type_vocab_size", 0) > 1:
-        names.append("token_type_ids")
-    return model(**{name: inputs[name].to(device) for name in names}).logits
+def products_in(precision: str, device: torch.device) -> torch.autocast:
+    """A context in which matrix products are of this precision, whatever that of the weights."""
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
 
 
 class _Dropout:

@@ -65,7 +65,7 @@ def load_task(path: str | Path) -> pl.DataFrame:
 
 def _read(place: str, values: dict[str, Any], classes: int) -> pl.DataFrame:
     """Columns document, text, pair and label of one set, in the order of its rows."""
-    data = _open(place, values)
+    data = open_set(place, values)
     names = {key: values.get(key, key if key != "pair" else "") for key in ("text", "pair", "label")}
     for name in filter(None, names.values()):
         if name not in data.column_names:
@@ -99,7 +99,7 @@ def _label(place: str, value: Any, meaning: dict[str, int]) -> float | None:
         raise AtlasError(f"{place}: the label {value!r} is no number; say under `values` what it means.") from None
 
 
-def _open(place: str, values: dict[str, Any]) -> datasets.Dataset:
+def open_set(place: str, values: dict[str, Any]) -> datasets.Dataset:
     """The rows of one set."""
     scheme, _, locator = str(values.get("source", "")).partition(":")
     try:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from moe_atlas.training.balance import load_balancing_loss
-from moe_atlas.tuning.classifier import Classifier, choices, forward
-from moe_atlas.tuning.data import Examples
+from moe_atlas.tuning.classifier import Classifier, choices, products_in
+from moe_atlas.tuning.data import Examples, mean_loss
+from moe_atlas.tuning.language import Completions, Questions
 from moe_atlas.tuning.metrics import score
 
 BALANCE = 0.01  # weight of the balancing loss of learned routers, as in the paper's code
@@ -20,13 +20,18 @@ PROBES = 64  # examples of the validation set whose choices are followed
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of `batch` examples, validation after every `evaluate` of them, an end after `patience` without gain."""
+    """Steps of `batch` examples, validation after every `evaluate` of them, an end after `patience` without gain.
+
+    The learning rate rises over the share `warmup` of the steps and falls to 0, by decay "linear" or "cosine".
+    """
 
     steps: int
     batch: int
     evaluate: int
     patience: int
     weight_decay: float = 0.01
+    warmup: float = 0.1
+    decay: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,13 @@ class Fitted:
     selection: list[tuple[int, int, str, int | None, float]]
 
 
-def rate_factor(step: int, steps: int) -> float:
-    """Share of the peak learning rate at `step` (from 0): linear warm-up over a tenth, then linear to 0."""
-    warm = max(1, steps // 10)
-    return (step + 1) / warm if step < warm else (steps - step) / max(1, steps - warm)
+def rate_factor(step: int, steps: int, warmup: float = 0.1, decay: str = "linear") -> float:
+    """Share of the peak learning rate at `step` (from 0): linear warm-up over a share of the steps, then down to 0."""
+    warm = max(1, int(steps * warmup))
+    if step < warm:
+        return (step + 1) / warm
+    left = (steps - step) / max(1, steps - warm)
+    return left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2
 
 
 def orders(count: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:
@@ -52,32 +60,51 @@ def orders(count: int, batch: int, steps: int, seed: int) -> list[np.ndarray]:
     return [stream[step * batch : (step + 1) * batch] for step in range(steps)]
 
 
-def evaluate(built: Classifier, examples: Examples, metric: str) -> tuple[float, float]:
+def evaluate(built: Classifier, examples: Examples | Questions, metric: str) -> tuple[float, float]:
     """(metric, mean loss) of the model on these examples."""
     logits = torch.cat([part for part, _ in choices(built, examples)])
-    return score(metric, logits.numpy(), examples.labels.numpy()), float(_loss(logits, examples.labels))
+    return score(metric, logits.numpy(), examples.labels.numpy()), float(mean_loss(logits, examples.labels))
+
+
+def evaluate_groups(built: Classifier, examples: Examples | Questions, metric: str) -> dict[str, float]:
+    """The metric of all examples, under "", and of each of their groups."""
+    outputs = torch.cat([part for part, _ in choices(built, examples)]).numpy()
+    labels = examples.labels.numpy()
+    groups = examples.groups().items()
+    return {"": score(metric, outputs, labels)} | {name: score(metric, outputs[i], labels[i]) for name, i in groups}
 
 
 def fit(
-    built: Classifier, train: Examples, validation: Examples, metric: str, rate: float, schedule: Schedule, seed: int
+    built: Classifier,
+    train: Examples | Completions,
+    validation: Examples | Questions,
+    metric: str,
+    rate: float,
+    schedule: Schedule,
+    seed: int,
 ) -> Fitted:
     """Tune in place, end with the weights that were best on the validation set, and say how good these were.
 
     Of two equally good ones those with the smaller loss are better, then the earlier ones. The order of the examples
-    depends on the seed alone.
+    depends on the seed alone. A step's examples go through in parts of train.together, whose gradients are summed.
     """
     torch.manual_seed(seed)
     device = next(built.model.parameters()).device
     parameters = built.parameters()
     optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=schedule.weight_decay, fused=True)
-    progress = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(step, schedule.steps))
+    progress = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(step, schedule.steps, schedule.warmup, schedule.decay)
+    )
     best, kept, waited, at = (-math.inf, -math.inf), None, 0, 0
     watch = Watch(built, validation)
     built.model.train()
     for step, chosen in enumerate(orders(len(train), schedule.batch, schedule.steps, seed), start=1):
-        inputs = train.batch(chosen)
-        loss = _loss(forward(built.model, inputs, device), inputs["labels"].to(device))
-        (loss + BALANCE * _balance(built, inputs["attention_mask"].to(device))).backward()
+        for start in range(0, len(chosen), train.together):
+            inputs = train.batch(chosen[start : start + train.together])
+            share = len(inputs["labels"]) / len(chosen)
+            with products_in(built.precision, device):
+                loss = train.loss(built.model, inputs, device)
+            (share * (loss + BALANCE * _balance(built, inputs["attention_mask"].to(device)))).backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
         progress.step()
@@ -88,13 +115,15 @@ def fit(
         watch(step)
         if (value, -validation_loss) > best:
             best, at, waited = (value, -validation_loss), step, 0
-            kept = {name: copy.deepcopy(parameter.data) for name, parameter in parameters.items()}
+            # After the last step the weights are where they are: a copy of a large model need not fit beside it.
+            last = step == schedule.steps
+            kept = {} if last else {name: copy.deepcopy(part.data) for name, part in parameters.items()}
         else:
             waited += 1
             if waited >= schedule.patience:
                 break
-    for name, parameter in parameters.items():
-        parameter.data.copy_(kept[name])
+    for name, value in kept.items():
+        parameters[name].data.copy_(value)
     built.model.eval()
     return Fitted(best[0], at, watch.rows)
 
@@ -102,11 +131,9 @@ def fit(
 class Watch:
     """Which experts the tokens of the same texts choose while a model is tuned: from step 0, after each validation."""
 
-    def __init__(self, built: Classifier, validation: Examples):
+    def __init__(self, built: Classifier, validation: Examples | Questions):
         self.built, self.rows = built, []
-        self.probes = Examples(
-            validation.ids[:PROBES], validation.types[:PROBES], validation.labels[:PROBES], validation.padding
-        )
+        self.probes = validation.head(PROBES)
         self.first = self.before = None
         if built.arm.routed:
             self(0)
@@ -126,13 +153,6 @@ class Watch:
             for measure, other in (("overlap_first", first), ("overlap_before", before)):
                 self.rows.append((step, layer, measure, None, float((chosen & other).sum(1).mean() / k)))
         self.before = now
-
-
-def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy, or the mean squared error of a regression."""
-    if labels.is_floating_point():
-        return functional.mse_loss(logits[:, 0].float(), labels)
-    return functional.cross_entropy(logits.float(), labels)
 
 
 def _balance(built: Classifier, attention: torch.Tensor) -> torch.Tensor:

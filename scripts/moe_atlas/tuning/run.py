@@ -14,10 +14,19 @@ from moe_atlas.log import Progress
 from moe_atlas.tokens import load_tokenizer
 from moe_atlas.training.loop import make_deterministic
 from moe_atlas.tuning.arms import ARMS
-from moe_atlas.tuning.classifier import Classifier, build, load_classifier, masks_of
+from moe_atlas.tuning.classifier import (
+    LANGUAGE_LORA,
+    LORA,
+    Classifier,
+    build,
+    load_classifier,
+    load_language_model,
+    masks_of,
+)
 from moe_atlas.tuning.data import Examples, encode
-from moe_atlas.tuning.fit import Fitted, Schedule, evaluate, fit
-from moe_atlas.tuning.settings import Job, Settings, Shape, Study
+from moe_atlas.tuning.fit import Fitted, Schedule, evaluate_groups, fit
+from moe_atlas.tuning.language import Completions, Questions, encode_instructions
+from moe_atlas.tuning.settings import GROUP, Job, Settings, Shape, Study
 
 
 @dataclass(frozen=True)
@@ -30,20 +39,30 @@ class Material:
     task: str
     classes: int
     metric: str
-    examples: dict[str, Examples]
+    examples: dict[str, Examples | Completions | Questions]
     schedule: Schedule
     device: str
+    language: bool = False  # whether a language model is tuned, and not a classifier
+    precision: str = "float32"
 
     @property
     def tests(self) -> list[str]:
         """The sets that are reported: in-domain and shifted ones."""
         return [split for split in self.examples if split not in ("train", "validation")]
 
+    def labels(self, test: str) -> torch.Tensor:
+        """Labels of a test, or of one group of it, which is named after a stroke."""
+        name, _, group = test.partition(GROUP)
+        labels = self.examples[name].labels
+        return labels[self.examples[name].groups()[group]] if group else labels
+
     def chance(self, test: str) -> float:
-        """Share of the commonest class of a test; 0 of correlations."""
-        labels = self.examples[test].labels
+        """Share of the commonest class of a test; 0 of correlations; that of a letter of all."""
+        if self.language:
+            return 1 / self.classes
         if self.metric in ("matthews", "pearson-spearman"):
             return 0.0
+        labels = self.labels(test)
         return float(torch.bincount(labels).max() / len(labels))
 
 
@@ -61,11 +80,17 @@ def material(settings: Settings, job: Job, frame: pl.DataFrame, device: str) -> 
     """Read the tokenizer and the task of a job."""
     folder = Path(settings.models[job.model]["folder"])
     training = settings.training | settings.tasks[job.task].get("training", {})
-    examples = encode(frame, load_tokenizer(folder), training.pop("length"))
-    backbone = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    length, together = training.pop("length"), training.pop("together", 64)
+    precision = training.pop("precision", "float32")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    tokenizer, language = load_tokenizer(folder), settings.language(job.task)
+    if language:
+        examples = encode_instructions(frame, tokenizer, length, config.max_position_embeddings, together)
+    else:
+        examples = encode(frame, tokenizer, length, together)
     metric, classes = settings.tasks[job.task]["metric"], frame["classes"][0]
-    schedule = Schedule(**training)
-    return Material(folder, job.model, backbone, job.task, classes, metric, examples, schedule, device)
+    named = (folder, job.model, config.model_type, job.task, classes, metric)
+    return Material(*named, examples, Schedule(**training), device, language, precision)
 
 
 def run_job(
@@ -127,32 +152,43 @@ def tune(data: Material, study: Study, arm: str, shape: Shape | None, fraction: 
     """
     make_deterministic(seed)
     train = data.examples["train"].part(fraction)
-    model = load_classifier(data.folder, data.classes, train.padding, seed)
     settings, kept = ARMS[arm], []
+    if data.language:
+        gc.collect()  # the model of the run before, of which two may not fit
+        model = load_language_model(data.folder, settings, data.precision)
+    else:
+        model = load_classifier(data.folder, data.classes, train.padding, seed)
     if settings.toggled and settings.form == "dense":
         kept = [masks_of(model, each.experts, each.k, list(each.layers), seed) for each in study.shapes]
     at = shape or study.shapes[0]
-    built = build(model, settings, at.experts, at.k, list(at.layers), train, seed)
+    lora = LANGUAGE_LORA if data.language else LORA
+    built = build(model, settings, at.experts, at.k, list(at.layers), train, seed, lora)
+    built.precision = data.precision
     built.model.to(data.device)
     fitted = fit(built, train, data.examples["validation"], data.metric, rate, data.schedule, seed)
-    values = {(arm, shape, test): _value(built, data, test) for test in data.tests}
+    values = _values(built, data, arm, shape)
     if kept:
         for each, masks in zip(study.shapes, kept, strict=True):
             for mask in masks:
                 mask.install()
-            values |= {(settings.toggled, each, test): _value(built, data, test) for test in data.tests}
+            values |= _values(built, data, settings.toggled, each)
             for mask in masks:
                 mask.remove()
     elif settings.toggled:
         for mask in built.masks:
             mask.remove()
-        bare = Classifier(built.model, ARMS["dense"])
-        values |= {(settings.toggled, shape, test): _value(bare, data, test) for test in data.tests}
+        bare = Classifier(built.model, ARMS["dense"], precision=data.precision)
+        values |= _values(bare, data, settings.toggled, shape)
     return Run(seed, rate, fitted, values)
 
 
-def _value(built: Classifier, data: Material, test: str) -> float:
-    return evaluate(built, data.examples[test], data.metric)[0]
+def _values(built: Classifier, data: Material, arm: str, shape: Shape | None) -> dict:
+    """Values of all tests and their groups by (arm, shape, test)."""
+    return {
+        (arm, shape, f"{test}{GROUP}{group}" if group else test): value
+        for test in data.tests
+        for group, value in evaluate_groups(built, data.examples[test], data.metric).items()
+    }
 
 
 def _columns(data: Material, study: Study, arm: str, fraction: float, shape: Shape | None, seed: int) -> dict:
@@ -168,7 +204,7 @@ def _run_rows(
     return [
         _columns(data, study, name, fraction, at, run.seed)
         | {"learning_rate": run.rate, "chosen": chosen, "test": test, "metric": data.metric, "value": value}
-        | {"chance": data.chance(test), "examples": len(data.examples[test]), "step": run.fitted.step}
+        | {"chance": data.chance(test), "examples": len(data.labels(test)), "step": run.fitted.step}
         for (name, at, test), value in values.items()
     ]
 

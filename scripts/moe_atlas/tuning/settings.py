@@ -12,6 +12,9 @@ from moe_atlas.errors import AtlasError
 from moe_atlas.sheets import schema
 from moe_atlas.tuning.arms import ARMS
 
+GROUP = "/"  # stands between a test and one group of its examples that is reported on its own
+_INSTRUCTIONS = "instructions:"  # scheme of the source of a task that tunes a language model
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -54,7 +57,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Settings:
-    """The whole file. copies: experts and k of GMoE; training: numbers that go into a Schedule, and `length`."""
+    """The whole file. copies: experts and k of GMoE; training: what goes into a Schedule, and of the examples."""
 
     models: dict[str, dict[str, str]]
     tasks: dict[str, dict[str, Any]]
@@ -75,6 +78,10 @@ class Settings:
                 found += [Job(study.name, model, task, number, arms) for number, arms in enumerate(parts, start=1)]
         return found
 
+    def language(self, task: str) -> bool:
+        """Whether a task tunes a language model on instructions, and not a classifier."""
+        return self.tasks[task]["source"].startswith(_INSTRUCTIONS)
+
     def job(self, study: str, model: str, task: str, part: int) -> Job:
         """The job of these names. AtlasError where there is none."""
         for job in self.jobs():
@@ -92,6 +99,9 @@ def load_settings(path: str | Path) -> Settings:
     for error in jsonschema.Draft202012Validator(schema("emoe")).iter_errors(content):
         place = ", ".join(map(str, error.absolute_path)) or "the file"
         raise AtlasError(f"{path}, {place}: {error.message}; see workflow/schemas/emoe.schema.yaml.")
+    for name, task in content["tasks"].items():
+        if task["source"].startswith(_INSTRUCTIONS) and task["metric"] != "accuracy":
+            raise AtlasError(f"{path}, tasks, {name}: answers to questions are measured by accuracy; write that.")
     studies = {name: _study(path, name, content["defaults"] | study) for name, study in content["studies"].items()}
     for study in studies.values():
         known = {"models": content["models"], "tasks": content["tasks"], "arms": ARMS}
