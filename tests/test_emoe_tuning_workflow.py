@@ -92,3 +92,12 @@ def test_the_settings_of_the_paper_are_whole():
         content = yaml.safe_load((ROOT / task["source"].removeprefix("data:")).read_text())
         assert {"train", "in-domain"} <= set(content["sets"])
         assert all(len(values["revision"]) == 40 for values in content["sets"].values())
+
+
+def test_the_settings_of_a_language_model_need_these_jobs(atlas):
+    ready = atlas / "data/models/llama-2-7b/config.json"
+    ready.parent.mkdir(parents=True)
+    ready.write_text("{}")
+    jobs = planned(atlas, "--config", "emoe=config/emoe_llama.yaml", "--forceall", "--", TARGET)
+    expected = len(load_settings(ROOT / "config/emoe_llama.yaml").jobs())
+    assert counts(jobs) == {"fetch_task": 1, "tune_emoe": expected, "compare_emoe": 1}
