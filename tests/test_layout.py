@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,13 @@ def test_rules_know_no_model_and_no_family_by_name():
     for path in rules:
         text = path.read_text().lower()
         assert not [name for name in names | families if name in text], path
+
+
+def test_each_function_of_the_rules_is_written_once():
+    """The one that is included last would silently come first."""
+    texts = [path.read_text() for path in sorted((ROOT / "workflow" / "rules").glob("*.smk"))]
+    names = re.findall(r"^def (\w+)", "\n".join(texts), re.MULTILINE)
+    assert sorted(names) == sorted(set(names))
 
 
 @pytest.mark.parametrize(

@@ -96,20 +96,6 @@ def options(name, values):
     return [part for value in values for part in (name, value)]
 
 
-def derivation_options(wildcards):
-    """Options of derive_emoe.py: how this row's experts are made."""
-    row = model(wildcards)
-    values = {
-        "--experts": row.emoe_experts,
-        "--top-k": row.emoe_top_k,
-        "--layers": row.emoe_layers or "all",
-        "--score": row.emoe_score,
-        "--split": row.emoe_split,
-        "--seed": row.emoe_seed,
-    }
-    return [str(part) for pair in values.items() for part in pair]
-
-
 # Resources: what holds on any machine.
 def memory(wildcards, attempt):
     """mem_mb of the model's row, more on each further attempt."""

@@ -17,11 +17,6 @@ def training_file(recipe):
     return f"{sheets.CHECKPOINTS}/{recipe}/training.json"
 
 
-def derivation_file(name):
-    """Last file that is written when a dense model becomes an EMoE."""
-    return f"{sheets.CHECKPOINTS}/{name}/emoe.json"
-
-
 def checkpoint_source(wildcards):
     """The small file that stands for a checkpoint; its weights are in the fingerprint."""
     row = model(wildcards)
