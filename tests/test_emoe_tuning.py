@@ -27,7 +27,7 @@ from moe_atlas.tuning.arms import ARMS, Arm
 from moe_atlas.tuning.classifier import build, choices, expert_counts, load_classifier, masks_of
 from moe_atlas.tuning.data import Examples, encode
 from moe_atlas.tuning.fit import Schedule, evaluate, fit, orders
-from moe_atlas.tuning.metrics import score
+from moe_atlas.tuning.metrics import chance, score
 from moe_atlas.tuning.run import run_job
 from moe_atlas.tuning.settings import Job, Settings, Shape, Study
 
@@ -351,3 +351,13 @@ def test_metrics_by_hand():
     pearson = np.corrcoef(x[:, 0], y)[0, 1]
     assert math.isclose(score("pearson-spearman", x, y), (pearson + 0.8) / 2, rel_tol=1e-9)
     assert score("pearson-spearman", np.ones((4, 1)), y) == 0.0
+
+
+def test_chance_is_the_best_of_one_answer_for_all():
+    """Of 10 texts 7 of class 1, and 3 of it: F1 of saying 1 always is 2 p / (1 + p), of 0 always 0."""
+    for positive in (7, 3):
+        labels, p = np.array([1] * positive + [0] * (10 - positive)), positive / 10
+        assert math.isclose(chance("accuracy", labels, 2), 0.7)
+        assert math.isclose(chance("accuracy-f1", labels, 2), (p + 2 * p / (1 + p)) / 2)
+        assert chance("matthews", labels, 2) == 0.0
+    assert math.isclose(chance("accuracy", np.array([0, 1, 2, 2]), 3), 0.5)

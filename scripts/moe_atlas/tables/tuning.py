@@ -38,7 +38,7 @@ TUNING: dict[str, Table] = {
             ("test", STRING, "validation, in-domain or shifted; test/subject: the questions of a subject"),
             ("metric", STRING, "what value is"),
             ("value", NUMBER, "1 is perfect"),
-            ("chance", NUMBER, "of the commonest class always, of one letter of all, or 0 for correlations"),
+            ("chance", NUMBER, "of the best answer that is the same for all; 1/choices of letters; 0 of correlations"),
             ("examples", INTEGER, "of the test"),
             ("step", INTEGER, "after which the kept weights were reached"),
         ),

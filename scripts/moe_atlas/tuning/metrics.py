@@ -9,6 +9,14 @@ from moe_atlas.errors import AtlasError
 METRICS = ("accuracy", "accuracy-f1", "matthews", "pearson-spearman")
 
 
+def chance(metric: str, labels: np.ndarray, classes: int) -> float:
+    """The metric of the best answer that is the same for all texts with labels (n,); 0 of correlations."""
+    if metric in ("matthews", "pearson-spearman"):
+        return 0.0
+    answers = np.eye(classes)
+    return max(score(metric, np.tile(answer, (len(labels), 1)), labels) for answer in answers)
+
+
 def score(metric: str, outputs: np.ndarray, labels: np.ndarray) -> float:
     """The metric of outputs (n, classes), or (n, 1) of a regression, against labels (n,): 1 is perfect.
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
-import torch
 from transformers import AutoConfig
 
 from moe_atlas import tables
@@ -26,6 +25,7 @@ from moe_atlas.tuning.classifier import (
 from moe_atlas.tuning.data import Examples, encode
 from moe_atlas.tuning.fit import Fitted, Schedule, evaluate_groups, fit
 from moe_atlas.tuning.language import Completions, Questions, encode_instructions
+from moe_atlas.tuning.metrics import chance
 from moe_atlas.tuning.settings import GROUP, Job, Settings, Shape, Study
 
 
@@ -57,13 +57,10 @@ class Material:
         return labels[self.examples[name].groups()[group]] if group else labels
 
     def chance(self, test: str) -> float:
-        """Share of the commonest class of a test; 0 of correlations; that of a letter of all."""
+        """What the same answer to all texts of a test is worth at best; of questions, of a letter drawn at random."""
         if self.language:
             return 1 / self.classes
-        if self.metric in ("matthews", "pearson-spearman"):
-            return 0.0
-        labels = self.labels(test)
-        return float(torch.bincount(labels).max() / len(labels))
+        return chance(self.metric, self.labels(test).numpy(), self.classes)
 
 
 @dataclass(frozen=True)
