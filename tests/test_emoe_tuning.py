@@ -139,6 +139,12 @@ def test_every_arm_learns_and_moves_what_it_says(checkpoints, examples, backbone
     assert bool(fitted.selection) == ARMS[name].routed
 
 
+@pytest.mark.parametrize("name", ["emoe-learn-one", "gmoe", "lora-emoe"])
+def test_all_that_is_tuned_moves_to_a_device(checkpoints, examples, name):
+    built = made(checkpoints, examples, name, experts=4).to("meta")
+    assert {value.device.type for value in built.parameters().values()} == {"meta"}
+
+
 def test_the_splits_of_the_arms(checkpoints, examples):
     contiguous = made(checkpoints, examples, "contiguous-split").masks[0].labels
     assert np.array_equal(contiguous, np.arange(F) // (F // N))

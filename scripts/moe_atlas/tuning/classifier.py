@@ -41,6 +41,14 @@ class Classifier:
         """What chooses experts, one a layer."""
         return [*self.masks, *self.copies]
 
+    def to(self, device: torch.device | str) -> "Classifier":
+        """Move the model, and the routers of its masks, which are no part of it."""
+        self.model.to(device)
+        for mask in self.masks:
+            if isinstance(mask.score, nn.Module):
+                mask.score.to(device)
+        return self
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """What is tuned, by name: of the model and of the routers of its masks."""
         found = {name: value for name, value in self.model.named_parameters() if value.requires_grad}

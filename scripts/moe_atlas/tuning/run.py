@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+import torch
 from transformers import AutoConfig
 
 from moe_atlas import tables
@@ -155,13 +156,13 @@ def tune(data: Material, study: Study, arm: str, shape: Shape | None, fraction: 
         model = load_language_model(data.folder, settings, data.precision)
     else:
         model = load_classifier(data.folder, data.classes, train.padding, seed)
+    model.to(data.device)  # before experts are made: a static mask is counted in a pass over the training set
     if settings.toggled and settings.form == "dense":
         kept = [masks_of(model, each.experts, each.k, list(each.layers), seed) for each in study.shapes]
     at = shape or study.shapes[0]
     lora = LANGUAGE_LORA if data.language else LORA
-    built = build(model, settings, at.experts, at.k, list(at.layers), train, seed, lora)
+    built = build(model, settings, at.experts, at.k, list(at.layers), train, seed, lora).to(data.device)
     built.precision = data.precision
-    built.model.to(data.device)
     fitted = fit(built, train, data.examples["validation"], data.metric, rate, data.schedule, seed)
     values = _values(built, data, arm, shape)
     if kept:
