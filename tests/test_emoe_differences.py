@@ -81,6 +81,15 @@ def test_runs_are_paired_by_seed_and_shape():
     assert set(found["test"]) == {"shifted"}
 
 
+def test_copies_of_other_layers_are_no_partner():
+    """Each EMoE has the copies in its own layers as its partner, so that there are as many pairs as seeds."""
+    rows = [(arm, k, seed, "shifted", 0.5 + 0.1 * k) for arm, k in (("emoe", 2), ("gmoe", 1)) for seed in range(2)]
+    first, second = runs(*rows), runs(*rows).with_columns(layers=pl.lit("3"), value=pl.col("value") * 2)
+    found = differences(pl.concat([first, second])).sort("layers")
+    assert found["layers"].to_list() == ["1", "3"] and found["seeds"].to_list() == [2, 2]
+    np.testing.assert_allclose(found["difference"], [0.1, 0.2], rtol=1e-9)
+
+
 def test_p_is_adjusted_over_the_study_by_holm():
     rows = []
     for arm, k, shift in (("dense", None, 0.0), ("emoe", 2, 0.2), ("dense-noise", None, 0.01)):

@@ -19,9 +19,10 @@ def differences(runs: pl.DataFrame) -> pl.DataFrame:
     """The table emoe_differences of the table emoe_runs.
 
     Runs are paired by study, model, task, share of the data, test and seed: both have the same head before the first
-    step and the same order of examples. Where both arms have experts, they are of the same shape, unless one is made of
-    copies. The interval is over seeds alone: the test texts are the same, so that it says nothing of other texts.
-    Groups of a test, subjects of questions, are not compared: there are too many of them for the adjusted p.
+    step and the same order of examples. Where both arms have experts, they are of the same shape, or, if one is made of
+    copies, in the same layers. The interval is over seeds alone: the test texts are the same, so that it says nothing
+    of other texts. Groups of a test, subjects of questions, are not compared: there are too many of them for the
+    adjusted p.
     """
     whole = ~pl.col("test").str.contains(GROUP, literal=True)
     tested = runs.filter(whole, pl.col("test") != "validation", pl.col("chosen"))
@@ -52,8 +53,8 @@ def _contrast(tested: pl.DataFrame, arm: str, baseline: str) -> list[dict]:
     """One row for each test, task and shape of the arm that the baseline was run with too."""
     ours, theirs = (tested.filter(pl.col("arm") == name) for name in (arm, baseline))
     by = list(_SAME)
-    if not {"gmoe", "dense", "lora"} & {arm, baseline} and theirs["experts"].null_count() < len(theirs):
-        by += _SHAPE
+    if not {"dense", "lora"} & {arm, baseline} and theirs["experts"].null_count() < len(theirs):
+        by += ("layers",) if "gmoe" in (arm, baseline) else _SHAPE
     pairs = ours.join(theirs.select(*by, other="value"), on=by, how="inner", nulls_equal=True)
     rows = []
     keys = ["study", "model", "backbone", "task", *_SHAPE, "fraction", "test", "metric"]
