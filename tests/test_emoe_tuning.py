@@ -282,6 +282,16 @@ def test_the_rate_is_chosen_on_validation_and_only_its_runs_are_tested(checkpoin
     assert (overlaps["value"] == 1).all() and (overlaps["chance"] == K / N).all()
 
 
+def test_dropout_has_layers_but_no_experts(checkpoints):
+    """Of two shapes in the same layers it is one run, since nothing of it depends on N and k."""
+    shapes = (Shape(N, K, (1,)), Shape(N, 1, (1,)), Shape(N, K, (0, 1)))
+    runs, selection = run_job(
+        *settings(checkpoints, ("dense-dropout",), seeds=1, rates=(0.02,), shapes=shapes), frame()
+    )
+    found = runs.filter(test="shifted").select("experts", "k", "layers").sort("layers").rows()
+    assert found == [(None, None, "0,1"), (None, None, "1")] and selection.is_empty()
+
+
 def test_toggling_all_experts_changes_nothing(checkpoints):
     """With k = N the mask is none, on or off."""
     job = settings(checkpoints, ("dense", "emoe"), seeds=1, rates=(0.02,), shapes=(Shape(N, N, (0, 1)),))

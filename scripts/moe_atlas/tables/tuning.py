@@ -12,7 +12,7 @@ _RUN = (
     ("arm", STRING, "how it was tuned, or tuned and then evaluated with the mask on or off"),
     ("experts", INTEGER, "N of the converted FFNs; null: there are none"),
     ("k", INTEGER, "experts of a token; null: there are none"),
-    ("layers", STRING, "FFNs that are converted, from 0, separated by commas; null: none"),
+    ("layers", STRING, "FFNs that are converted, or have a dropout, from 0, separated by commas; null: none"),
     ("fraction", NUMBER, "share of the training set"),
 )
 _EXAMPLES = (

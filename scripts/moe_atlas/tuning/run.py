@@ -121,9 +121,14 @@ def _mean(values: list[float]) -> float:
 
 
 def _cells(study: Study, settings: Settings, arm: str) -> Iterator[tuple[str, Shape | None, float]]:
-    """(arm, shape, fraction) of what is tuned: a dense model once for all shapes, copies with their own N and k."""
+    """(arm, shape, fraction) of what is tuned: a dense model once for all shapes, copies with their own N and k.
+
+    With dropout in the layers that others convert a dense model has these layers, and 0 experts.
+    """
     shapes = list(study.shapes)
-    if ARMS[arm].form == "dense" and not ARMS[arm].dropout:
+    if ARMS[arm].dropout:
+        shapes = [Shape(0, 0, shape.layers) for shape in shapes]
+    elif ARMS[arm].form == "dense":
         shapes = [None]
     elif ARMS[arm].form == "copies":
         shapes = [Shape(settings.copies["experts"], settings.copies["k"], shape.layers) for shape in shapes]
@@ -190,7 +195,8 @@ def _values(built: Classifier, data: Material, arm: str, shape: Shape | None) ->
 
 
 def _columns(data: Material, study: Study, arm: str, fraction: float, shape: Shape | None, seed: int) -> dict:
-    experts, k, layers = (shape.experts, shape.k, ",".join(map(str, shape.layers))) if shape else (None, None, None)
+    experts, k = (shape.experts or None, shape.k or None) if shape else (None, None)
+    layers = ",".join(map(str, shape.layers)) if shape else None
     named = {"study": study.name, "model": data.model, "backbone": data.backbone, "task": data.task, "arm": arm}
     return named | {"experts": experts, "k": k, "layers": layers, "fraction": fraction, "seed": seed}
 
@@ -210,7 +216,7 @@ def _run_rows(
 def _selection_rows(
     data: Material, study: Study, arm: str, fraction: float, run: Run, shape: Shape | None
 ) -> list[dict]:
-    if shape is None:
+    if not run.fitted.selection:
         return []
     chances = {"share": 1 / shape.experts}
     return [
