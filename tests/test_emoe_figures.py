@@ -124,6 +124,22 @@ def test_choices_during_tuning_are_in_order_of_steps_and_of_the_first_share(fram
 
 
 @pytest.mark.parametrize("figure", ["grid", "layers", "fraction"])
+def test_where_lora_alone_is_varied_it_is_drawn(frames, figure):
+    """As the settings of the paper have it."""
+    names = {"emoe": "lora-emoe", "dense": "lora"}
+    lora = {
+        name: table.with_columns(
+            pl.col(column).replace(names) for column in ("arm", "baseline") if column in table.columns
+        )
+        for name, table in frames.items()
+    }
+    of_lora, of_all = (draw(figure, "toy", tables) for tables in (lora, frames))
+    assert len(of_lora.axes) == len(of_all.axes) == 4
+    assert [points_of(axes) for axes in of_lora.axes] == [points_of(axes) for axes in of_all.axes]
+    assert "lora-emoe" in " ".join(texts(of_lora))
+
+
+@pytest.mark.parametrize("figure", ["grid", "layers", "fraction"])
 def test_what_was_not_varied_is_said(frames, figure):
     alone = {"arms": VARIED["arms"]}
     drawn = draw(figure, "toy", frames | {"emoe_differences": differences(alone), "emoe_runs": runs(alone)})

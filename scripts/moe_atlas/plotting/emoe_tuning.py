@@ -17,8 +17,9 @@ _DIVERGING = matplotlib.colormaps["RdBu_r"].with_extremes(bad=GREY)
 _GAP, _HEAD = 0.16, 0.85
 _MOST_TASKS, _MOST_PANELS = 4, 6
 _INTERVAL = "mean over seeds of the paired difference, with its 95 % interval"
-_EMOE = "emoe"  # the arm whose shape, layers and share of the data are varied
-_AGAINST_DENSE = (pl.col("arm") == _EMOE) & (pl.col("baseline") == "dense")
+_EMOE = "emoe"
+# The arm whose shape, layers and share of the data are varied, and its baseline: LoRA where nothing is tuned in full.
+_VARIED = ((_EMOE, "dense"), ("lora-emoe", "lora"))
 
 
 def _look(number: int) -> dict:
@@ -52,6 +53,16 @@ def _main(table: pl.DataFrame, *columns: str) -> pl.DataFrame:
             parts.append(part.filter(pl.col(column).is_null() | pl.col(column).eq_missing(pl.lit(value))))
         table = pl.concat(parts) if parts else table
     return table
+
+
+def _varied(table: pl.DataFrame) -> tuple[str, str]:
+    """The first pair of _VARIED whose arm with experts is in the table."""
+    return next((pair for pair in _VARIED if pair[0] in table["arm"]), _VARIED[0])
+
+
+def _against(table: pl.DataFrame, arm: str, baseline: str) -> pl.DataFrame:
+    """Rows of one arm less one baseline."""
+    return table.filter(pl.col("arm") == arm, pl.col("baseline") == baseline)
 
 
 def _most_frequent(values: pl.Series) -> object:
@@ -121,8 +132,10 @@ def arms(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
 
 
 def grid(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
-    """EMoE minus dense tuning, by the number of experts and the share of them that is chosen."""
-    table = _differences(frames, "grid").filter(_AGAINST_DENSE & pl.col("experts").is_not_null())
+    """EMoE minus its baseline, by the number of experts and the share of them that is chosen."""
+    table = _differences(frames, "grid")
+    arm, baseline = _varied(table)
+    table = _against(table, arm, baseline).filter(pl.col("experts").is_not_null())
     table = _main(table.filter(pl.col("fraction") == table["fraction"].max()), "layers")
     shapes = table.select("experts", "k").unique().sort("experts", "k").rows()
     if len(shapes) < 2:
@@ -141,13 +154,15 @@ def grid(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
         axes.set_xlabel("k/N")
 
     handles = [Line2D([], [], label=f"N = {experts}", **_look(i)) for i, experts in enumerate(counts)]
-    subtitle = f"emoe − dense, difference of the metric: {_INTERVAL}"
+    subtitle = f"{arm} − {baseline}, difference of the metric: {_INTERVAL}"
     return _grid(title_of("grid", model), subtitle, table, draw, 1.2, handles=handles, label="difference")
 
 
 def layers(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
-    """EMoE minus dense tuning, by which layers have experts."""
-    table = _differences(frames, "layers").filter(_AGAINST_DENSE & pl.col("layers").is_not_null())
+    """EMoE minus its baseline, by which layers have experts."""
+    table = _differences(frames, "layers")
+    arm, baseline = _varied(table)
+    table = _against(table, arm, baseline).filter(pl.col("layers").is_not_null())
     table = _main(table.filter(pl.col("fraction") == table["fraction"].max()), "experts", "k")
     places = table["layers"].unique(maintain_order=True).to_list()
     places.sort(key=lambda text: [int(layer) for layer in text.replace(",", " ").split()])
@@ -162,20 +177,21 @@ def layers(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure
         axes.set_xlabel("layers with experts")
 
     experts, k = table.select("experts", "k").row(0)
-    subtitle = f"emoe − dense, difference of the metric: {_INTERVAL}; N = {experts}, k = {k}"
+    subtitle = f"{arm} − {baseline}, difference of the metric: {_INTERVAL}; N = {experts}, k = {k}"
     return _grid(title_of("layers", model), subtitle, table, draw, 1.2, label="difference")
 
 
 def fraction(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
-    """Dense tuning and EMoE by the share of the training data; a dot is a seed."""
+    """EMoE and its baseline by the share of the training data; a dot is a seed."""
     runs = _study(frames["emoe_runs"], "fraction").filter(pl.col("chosen") & (pl.col("test") != "validation"))
     runs = runs.filter(~pl.col("test").str.contains("/", literal=True))  # no groups of a test
-    runs = runs.filter(pl.col("arm").is_in([_EMOE, "dense"]))
+    with_experts, dense = _varied(runs)
+    runs = runs.filter(pl.col("arm").is_in([with_experts, dense]))
     runs = _main(runs, "experts", "k", "layers")
     shares = sorted(runs["fraction"].unique())
     if len(shares) < 2:
         return sentence(title_of("fraction", model), "All models were tuned on the same share of the training data.")
-    names = [arm for arm in ("dense", _EMOE) if arm in set(runs["arm"])]
+    names = [arm for arm in (dense, with_experts) if arm in set(runs["arm"])]
 
     def draw(axes, rows: pl.DataFrame, first: bool) -> None:
         for chance in set(rows["chance"].drop_nulls()):
