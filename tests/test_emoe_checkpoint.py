@@ -210,6 +210,12 @@ def test_in_training_the_gate_follows_the_keys_and_others_than_the_chosen_get_no
         block.experts.gate_up_proj.add_(0.1)
     network(IDS)
     assert torch.equal(block.router.weight, block.keys_mean())
+    # A step after the last pass in training: what is saved, and what evaluates, has the gate of the new keys.
+    for use in (lambda: network.state_dict(), lambda: network.eval()(IDS)):
+        with torch.no_grad():
+            block.experts.gate_up_proj.mul_(1.5)
+        use()
+        assert torch.equal(block.router.weight, block.keys_mean())
 
 
 def test_experts_whose_rows_grouped_products_do_not_take_are_computed_one_by_one(mistral, tmp_path):

@@ -166,6 +166,15 @@ class EMoE(nn.Module):
             self.down_bias = nn.Parameter(biases["down"].detach().clone())
         self.router = EMoERouter(config, hidden)
         self.router.weight.copy_(self.keys_mean())
+        self._moved = False  # whether the keys may have changed since the router's weight was taken from them
+        self.register_state_dict_pre_hook(lambda block, _prefix, _keep: block.tie())
+
+    def tie(self) -> None:
+        """Take the router's weight from the keys as they are now, where they may have moved."""
+        if self._moved:
+            with torch.no_grad():
+                self.router.weight.copy_(self.keys_mean())
+            self._moved = self.training
 
     def keys_mean(self) -> torch.Tensor:
         """What the router's weight has to be, (N, d) float32 or better: the mean of each expert's raw keys."""
@@ -176,8 +185,8 @@ class EMoE(nn.Module):
         return keys.to(self.router.weight.dtype).mean(dim=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if self.training:  # the gate is tied to keys that move
-            self.router.weight.copy_(self.keys_mean())
+        self._moved |= self.training  # after this pass an optimizer's step follows, and perhaps no other pass
+        self.tie()
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, indices = self.router(tokens)
         output = self.experts(tokens, indices, weights).view_as(hidden_states)
