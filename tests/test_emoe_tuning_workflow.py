@@ -68,6 +68,9 @@ def test_a_change_runs_what_it_is_about(atlas):
     jobs = planned(atlas, TARGET)
     assert counts(jobs) == {"tune_emoe": 1, "compare_emoe": 1}
     assert {job.wildcards["study"] for job in jobs if job.rule == "tune_emoe"} == {"grid"}
+    # Another checkpoint under the same id, and the file that says it is whole is the same.
+    write(atlas, SETTINGS | {"models": {"tiny": SETTINGS["models"]["tiny"] | {"folder": "checkpoints/other"}}})
+    assert counts(planned(atlas, TARGET)) == {"tune_emoe": 3, "compare_emoe": 1}
     write(atlas, SETTINGS)
 
 

@@ -15,7 +15,8 @@ def tuning_job(wildcards):
 def tuning_digest(wildcards):
     """Changes with what the settings say of this job, so that another study's numbers repeat nothing."""
     job = tuning_job(wildcards)
-    parts = (job, TUNINGS.studies[job.study], TUNINGS.training, TUNINGS.copies, TUNINGS.tasks[job.task])
+    model, task = TUNINGS.models[job.model], TUNINGS.tasks[job.task]
+    parts = (job, TUNINGS.studies[job.study], TUNINGS.training, TUNINGS.copies, model, task)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
