@@ -1,5 +1,8 @@
 """Figures of EMoE on small made-up tables: every panel, point and interval is where the table says."""
 
+import re
+from pathlib import Path
+
 import emoe_tables
 import numpy as np
 import polars as pl
@@ -29,6 +32,12 @@ def test_every_figure_has_a_title_with_the_model_and_no_text_that_is_cut_or_over
     title = drawn.texts[0].get_text()
     assert title.startswith("toy · ") and title.endswith(EMOE_FIGURES[figure].title)
     assert ("prose" in title) == bool(EMOE_FIGURES[figure].kinds)
+
+
+def test_the_report_has_a_caption_for_every_figure():
+    text = (Path(__file__).resolve().parent.parent / "workflow/report/emoe.rst").read_text(encoding="utf-8")
+    captions = dict(re.findall(r'^  "(\w+)": "(.+)",$', text, re.MULTILINE))
+    assert list(captions) == list(EMOE_FIGURES) and all(len(caption.split()) > 5 for caption in captions.values())
 
 
 def points_of(axes) -> list[tuple[float, float]]:
