@@ -13,12 +13,15 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
 )
 from transformers.utils import logging
 
 from moe_atlas.emoe.copies import CopiedExperts
 from moe_atlas.emoe.ffns import dense_ffns
 from moe_atlas.emoe.router import CosineRouter
+from moe_atlas.errors import AtlasError
 from moe_atlas.tokens import load_tokenizer
 from moe_atlas.training.loop import make_deterministic
 from moe_atlas.training.save import save_checkpoint
@@ -143,6 +146,23 @@ def test_every_arm_learns_and_moves_what_it_says(checkpoints, examples, backbone
 def test_all_that_is_tuned_moves_to_a_device(checkpoints, examples, name):
     built = made(checkpoints, examples, name, experts=4).to("meta")
     assert {value.device.type for value in built.parameters().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["emoe", "emoe-learn-softmax", "gmoe"])
+def test_ffns_that_see_all_tokens_in_one_row_are_tuned_too_or_refused(examples, name):
+    """OPT lays a batch's tokens end to end before its first matrix, which lies in the layer itself."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": H, "ffn_dim": F, "word_embed_proj_dim": H, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=300, **sizes)
+    model = OPTForSequenceClassification(config)
+    model.config.pad_token_id = examples["train"].padding
+    if name == "gmoe":
+        with pytest.raises(AtlasError, match="OPTDecoderLayer has no module that is its FFN alone; leave the arm"):
+            build(model, ARMS[name], N, K, LAYERS, examples["train"], 0)
+        return
+    built = build(model, ARMS[name], N, K, LAYERS, examples["train"], 0)
+    fit(built, examples["train"], examples["validation"], "accuracy", 0.01, Schedule(4, 16, 2, 4), 0)
+    assert expert_counts(built, examples["train"]).sum() == K * sum(map(len, examples["train"].ids))
 
 
 def test_the_splits_of_the_arms(checkpoints, examples):

@@ -50,9 +50,14 @@ class _InputItself(nn.Module):
 
 
 def copy_experts(model: nn.Module, ffn: DenseFFN, experts: int, k: int) -> CopiedExperts:
-    """Put copies of one dense FFN in its place, in the model itself, and return them."""
+    """Put copies of one dense FFN in its place, in the model itself, and return them.
+
+    AtlasError where the two matrices lie in the layer itself, as OPT's and BART's do: there is no FFN to be copied.
+    """
     module = model.get_submodule(ffn.name)
     hidden = ffn.keys.shape[1]
+    if hasattr(module, "self_attn"):
+        raise AtlasError(f"GMoE: {type(module).__name__} has no module that is its FFN alone; leave the arm gmoe out.")
     if hasattr(module, "intermediate"):  # BERT: the residual and the norm are in the module of the second matrix
         copies = CopiedExperts(nn.Sequential(module.intermediate, module.output.dense), hidden, experts, k)
         module.intermediate, module.output.dense = _InputItself(), copies

@@ -172,8 +172,13 @@ def choices(built: Classifier, examples: Examples | Completions | Questions):
         real = inputs["attention_mask"].bool()
         with products_in(built.precision, device):
             logits = examples.answers(built.model, inputs, device)
-        yield logits.float().cpu(), [site.chosen.cpu()[real].numpy() for site in built.routed]
+        yield logits.float().cpu(), [of_tokens(site.chosen.cpu(), real).numpy() for site in built.routed]
     built.model.train(training)
+
+
+def of_tokens(values: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Rows of values (batch, length, N), or (batch x length, N) as OPT's FFNs have it, where real (batch, length)."""
+    return values.reshape(*real.shape, -1)[real]
 
 
 def products_in(precision: str, device: torch.device) -> torch.autocast:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moe_atlas.training.balance import load_balancing_loss
-from moe_atlas.tuning.classifier import Classifier, choices, products_in
+from moe_atlas.tuning.classifier import Classifier, choices, of_tokens, products_in
 from moe_atlas.tuning.data import Examples, mean_loss
 from moe_atlas.tuning.language import Completions, Questions
 from moe_atlas.tuning.metrics import score
@@ -159,5 +159,5 @@ def _balance(built: Classifier, attention: torch.Tensor) -> torch.Tensor:
     """Mean balancing loss of the learned routers over the tokens that are no padding; 0 without such routers."""
     if built.arm.gate != "cosine" or built.arm.form == "dense":
         return torch.zeros((), device=attention.device)
-    losses = [load_balancing_loss(site.scores[attention.bool()], site.k) for site in built.routed]
+    losses = [load_balancing_loss(of_tokens(site.scores, attention.bool()), site.k) for site in built.routed]
     return torch.stack(losses).mean()
