@@ -1,5 +1,7 @@
 """What chosen experts hold of an activation, and correlation within experts, against plain loops in float64."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -206,3 +208,13 @@ def test_the_map_has_the_means_of_its_cells(cells):
             rows, columns = order[edges[i] : edges[i + 1]], order[edges[j] : edges[j + 1]]
             pairs = [r[a, b] for a in rows for b in columns if a != b]
             assert found[i, j] == pytest.approx(np.mean(pairs), rel=1e-9) if pairs else np.isnan(found[i, j])
+
+
+def test_the_map_holds_no_second_matrix():
+    """At 14,336 neurons a matrix of |r| is 1.6 GB."""
+    found, order = CorrelationOfSplits(np.full((1024, 1024), 0.5)), np.random.default_rng(0).permutation(1024)
+    tracemalloc.start()
+    found.map(order)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < found.correlation.nbytes / 8

@@ -90,7 +90,9 @@ class CorrelationOfSplits:
         """Mean |r| in at most cells x cells runs of neurons in this order (F,); no diagonal, no unknown pairs."""
         count = min(cells, len(order))
         starts = np.arange(count) * len(order) // count
-        sums = np.add.reduceat(np.add.reduceat(self.correlation[np.ix_(order, order)], starts, axis=0), starts, axis=1)
+        # Run by run: in another order the whole matrix would be one more in memory.
+        runs = np.split(order, starts[1:])
+        sums = np.stack([np.add.reduceat(self.correlation[run].sum(axis=0)[order], starts) for run in runs])
         known = np.add.reduceat(self.known[order].astype(np.int64), starts)
         pairs = np.outer(known, known) - np.diag(known)
         return np.divide(sums, pairs, out=np.full(sums.shape, np.nan), where=pairs > 0)
