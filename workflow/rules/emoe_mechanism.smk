@@ -3,7 +3,7 @@
 # Inputs    checkpoint.json of the dense models that mechanism_models names, the weights, the long corpora
 # Outputs   results/models/{model}/emoe/{table}.parquet, results/tables/{table}.{parquet,csv} for emoe_mechanism,
 #           emoe_selection and emoe_correlation, results/figures/emoe/{backbone}/{figure}.{png,pdf}
-# Cost      three minutes for a demo model on one core: 330 masked forward passes over 4000 tokens of each corpus; on the
+# Cost      three minutes for a demo model on one core: 341 masked forward passes over 4000 tokens of each corpus; on the
 #           row's GPUs where it has some
 rule emoe_mechanism:
     """Mass, agreement, correlation, domains and loss of a dense model's experts, by cluster and by chance."""
