@@ -241,6 +241,16 @@ def test_shares_of_a_corpus_sum_to_one():
     assert (frame["low"] <= frame["share"]).all() and (frame["share"] <= frame["high"]).all()
 
 
+def test_what_no_pair_of_neurons_tells_has_no_p():
+    """With one neuron an expert there is no pair within."""
+    one = SplitSums(Split("cluster", 8, 0, np.arange(8)), [1], 8)
+    rest = [SplitSums(Split(rule, 8, 0, np.arange(8)), [1], 8) for rule in ("random", "contiguous")]
+    frame = table(frames.correlation_rows([one, *rest], np.full((8, 8), 0.5), 9, np.random.default_rng(0)))
+    within = frame.filter(measure="correlation_within")
+    assert within["value"].is_null().all() and within["p_value"].is_null().all()
+    assert (frame.filter(measure="correlation_between")["p_value"] == 1).all()
+
+
 def test_rises_of_the_loss_by_hand():
     arms = [
         Arm((1, 2), 4, 1, rule, seed, gate)

@@ -138,7 +138,7 @@ def _seeds_row(measure: str, values: np.ndarray, nulls: np.ndarray, generator: n
         "chance": float(nulls.mean()),
         "chance_low": float(low),
         "chance_high": float(high),
-        "p_value": (1 + reached) / (1 + NULL_SPLITS),
+        "p_value": (1 + reached) / (1 + NULL_SPLITS) if np.isfinite(row["value"]) else None,
     }
 
 
