@@ -241,6 +241,16 @@ def test_shares_of_a_corpus_sum_to_one():
     assert (frame["low"] <= frame["share"]).all() and (frame["share"] <= frame["high"]).all()
 
 
+def test_intervals_over_five_seeds_hold_the_mean_as_often_as_they_say():
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        row = frames._seeds_row("correlation_ratio", 9 + generator.normal(size=5), np.ones(100))
+        held += row["low"] < 9 < row["high"]
+    assert 0.93 < held / 1000 < 0.97
+    few = frames._seeds_row("correlation_ratio", np.ones(4), np.ones(100))
+    assert few["low"] is few["high"] is None and few["value"] == 1
+
+
 def test_what_no_pair_of_neurons_tells_has_no_p():
     """With one neuron an expert there is no pair within."""
     one = SplitSums(Split("cluster", 8, 0, np.arange(8)), [1], 8)

@@ -35,7 +35,7 @@ METHODS = {
     "describe_checkpoint": 2,
     "weight_statistics": 2,
     "extract_activations": 6,
-    "emoe_mechanism": 1,
+    "emoe_mechanism": 2,
     "fetch_task": 1,
     "tune_emoe": 1,
 }

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import polars as pl
+from scipy import stats
 
 from moe_atlas import tables
 from moe_atlas.behavioral.domain import permutation_test
 from moe_atlas.behavioral.measures import divide, even_loads, js_divergence, load_entropy
-from moe_atlas.behavioral.resampling import DRAWS, block_weights, interval
+from moe_atlas.behavioral.resampling import DRAWS, FEWEST_BLOCKS, LEVEL, block_weights, interval
 from moe_atlas.emoe.correlation import NULL_SPLITS, CorrelationOfSplits
 from moe_atlas.emoe.mechanism import GATES, SplitSums, selected
 from moe_atlas.emoe.split import RULES
@@ -110,7 +111,7 @@ def correlation_rows(sums: Sequence[SplitSums], correlation: np.ndarray, tokens:
     """correlation_within, correlation_between and correlation_ratio of each rule, beside those of random splits.
 
     chance is their mean, chance_low and chance_high hold 95 % of them, p_value the share that reaches the value; the
-    interval is over the seeds of the split alone.
+    interval is Student's, over the seeds of the split alone.
     """
     rows: list[Row] = []
     found = CorrelationOfSplits(correlation)
@@ -123,16 +124,19 @@ def correlation_rows(sums: Sequence[SplitSums], correlation: np.ndarray, tokens:
                 values = np.array([getattr(one, measure) for one in modularity])
                 nulls = np.array([getattr(one, measure) for one in null])
                 rows.append(
-                    _seeds_row(f"correlation_{measure}", values, nulls, generator)
+                    _seeds_row(f"correlation_{measure}", values, nulls)
                     | {"experts": experts, "split": rule, "seeds": len(values), "tokens": tokens}
                 )
     return rows
 
 
-def _seeds_row(measure: str, values: np.ndarray, nulls: np.ndarray, generator: np.random.Generator) -> Row:
-    weights = block_weights(len(values), generator)
+def _seeds_row(measure: str, values: np.ndarray, nulls: np.ndarray) -> Row:
+    """Mean over seeds with Student's interval: seeds are few, and drawn again they would spread too little."""
     low, high = np.quantile(nulls, (0.025, 0.975))
-    row = _row(measure, weights @ values / len(values), 0)
+    row: Row = {"measure": measure, "value": float(values.mean()), "low": None, "high": None}
+    if len(values) >= FEWEST_BLOCKS:
+        reach = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+        row |= {"low": float(np.maximum(values.mean() - reach, 0)), "high": float(values.mean() + reach)}
     reached = int((nulls >= row["value"]).sum())
     return row | {
         "chance": float(nulls.mean()),

@@ -27,7 +27,11 @@ EMOE: dict[str, Table] = {
             ),
             ("value", NUMBER, "mean over the seeds of the split"),
             ("chance", NUMBER, "what a choice or a split that knows nothing gives; results/README.md says which"),
-            ("low", NUMBER, "95 % interval over documents and seeds; of correlations over seeds; null below 5 of them"),
+            (
+                "low",
+                NUMBER,
+                "95 % interval over documents, seeds; of correlations over seeds, Student's; null: below 5",
+            ),
             ("high", NUMBER, "its upper end"),
             ("chance_low", NUMBER, "of correlations: 95 % of random splits lie above; null: not drawn"),
             ("chance_high", NUMBER, "and below"),
