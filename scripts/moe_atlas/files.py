@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,27 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replaced_checkpoint(folder: Path) -> Iterator[Path]:
+    """Give an empty folder beside `folder`; move its files there one by one if the block succeeds, weights first.
+
+    A reader never sees half a file. Weight files of an earlier run that this one did not write are removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        names = os.listdir(temporary)
+        for name in sorted(names, key=lambda name: not name.endswith(".safetensors")):
+            os.replace(temporary / name, folder / name)
+    finally:
+        shutil.rmtree(temporary)
+    for path in folder.glob("model*.safetensors*"):
+        if path.name not in names:
+            path.unlink()
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

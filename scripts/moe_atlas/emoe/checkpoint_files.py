@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
+from moe_atlas.files import replaced_checkpoint
+
 SHARD_BYTES = 2 << 30
 _INDEX = "model.safetensors.index.json"
 # What belongs to a checkpoint beside its weights and config.json: tokenizer, generation settings, chat template.
@@ -26,27 +28,15 @@ def write_checkpoint(
 ) -> None:
     """Put config.json, safetensors with an index where there are several, and other files of `beside` into `folder`.
 
-    Files of `beside` that are named in `left_out`, indexes and code are not taken. Everything is written to a folder of
-    its own and then moved file by file, weights first; weight files of an earlier run that are not written are removed.
+    Files of `beside` that are named in `left_out`, indexes and code are not taken.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    temporary.mkdir()
-    try:
+    with replaced_checkpoint(folder) as temporary:
         _write_weights(temporary, tensors, shard_bytes)
         kept = {*left_out, "config.json"}
         for path in beside.iterdir():
             if path.is_file() and path.suffix in _BESIDE and path.name not in kept and "index.json" not in path.name:
                 shutil.copyfile(path, temporary / path.name)
         config.save_pretrained(temporary)
-        names = sorted((path.name for path in temporary.iterdir()), key=lambda name: not name.endswith(".safetensors"))
-        for name in names:
-            os.replace(temporary / name, folder / name)
-    finally:
-        shutil.rmtree(temporary)
-    for path in folder.glob("model*.safetensors*"):
-        if path.name not in names:
-            path.unlink()
 
 
 def _write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int) -> None:
