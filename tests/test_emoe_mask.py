@@ -18,8 +18,10 @@ from transformers import (
     T5Model,
 )
 
+from moe_atlas.emoe import mask as mask_module
 from moe_atlas.emoe.ffns import dense_ffns
 from moe_atlas.emoe.mask import ExpertMask
+from moe_atlas.emoe.split import gate_vectors
 from moe_atlas.errors import AtlasError
 
 H, F, N, K = 16, 24, 6, 2
@@ -160,6 +162,25 @@ def test_gate_follows_the_weights_after_an_optimiser_step():
     expected = torch.stack([heard[1][..., torch.from_numpy(labels() == e)].mean(-1) for e in range(N)], -1)
     torch.testing.assert_close(mask.scores, expected, rtol=1e-4, atol=1e-5)
     assert (mask.scores - before).abs().max() > 0.01
+
+
+def test_gate_of_keys_that_are_not_tuned_is_made_once_each_time_it_is_put_on(monkeypatch):
+    """Of frozen weights it is the same for every batch; taken off, the mask forgets it, as the weights may change."""
+    model, made = build("mistral"), []
+    monkeypatch.setattr(mask_module, "gate_vectors", lambda *args: made.append(1) or gate_vectors(*args))
+    ffn = dense_ffns(model.requires_grad_(False))[0]
+    mask = ExpertMask(ffn, labels(), K).install()
+    output(model), output(model)
+    before = mask.scores
+    assert len(made) == 1
+    mask.remove()
+    ffn.first.weight.neg_()
+    with mask:
+        output(model)
+        torch.testing.assert_close(mask.scores, -before, rtol=0, atol=1e-6)
+        ffn.first.weight.requires_grad_(True)
+        output(model)
+    assert len(made) == 3
 
 
 @FAMILIES

@@ -19,6 +19,7 @@ from moe_atlas.emoe.mechanism import (
     selected,
     splits,
 )
+from moe_atlas.emoe.split import gate_vectors
 
 T, F, H, N = 60, 24, 10, 6
 
@@ -74,7 +75,7 @@ def test_sums_by_block_are_those_of_a_plain_loop(k):
     sums = SplitSums(Split("random", N, 0, one["labels"]), [k], 4)
     for rows in (slice(0, 23), slice(23, T)):  # in chunks, as batches come
         parts = (one[name][rows] for name in ("inputs", "activations", "blocks"))
-        sums.add(*parts, one["keys"], one["norms"])
+        sums.add(*parts, gate_vectors(one["keys"], one["labels"], N), one["norms"])
     expected = by_hand(one, k)
     assert sums.tokens.tolist() == [15.0] * 4
     for gate in ("avg-k", "oracle", "not-top-k", "bottom-k"):
@@ -122,7 +123,8 @@ def test_a_token_without_any_activation_counts_nowhere():
     one = drawn()
     one["activations"][7] = 0
     sums = SplitSums(Split("random", N, 0, one["labels"]), [2], 4)
-    sums.add(one["inputs"], one["activations"], one["blocks"], one["keys"], one["norms"])
+    gate = gate_vectors(one["keys"], one["labels"], N)
+    sums.add(one["inputs"], one["activations"], one["blocks"], gate, one["norms"])
     assert sums.tokens.sum() == T - 1 and sums.counts[2].sum() == 2 * (T - 1)
     assert all(torch.isfinite(values).all() for values in sums.mass.values())
 

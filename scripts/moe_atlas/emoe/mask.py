@@ -65,6 +65,7 @@ class ExpertMask:
         self.scores: torch.Tensor | None = None
         self._seed, self._generator = seed, None
         self._input: torch.Tensor | None = None
+        self._gate: torch.Tensor | None = None  # (N, H) float32; made anew where the keys are being tuned
         self._hooks: list = []
 
     def install(self) -> "ExpertMask":
@@ -81,7 +82,7 @@ class ExpertMask:
         """Take the hooks off: the FFN is the dense one again."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._input = [], None
+        self._hooks, self._input, self._gate = [], None, None
 
     def __enter__(self) -> "ExpertMask":
         return self.install()
@@ -127,8 +128,9 @@ class ExpertMask:
     def _own_scores(self, hidden: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
         """avg-k gate, or the sum of absolute activations, (..., N) float32."""
         if self.score == "gate":
-            vectors = gate_vectors(self.ffn.keys.detach().float(), self.labels, self.experts)
-            return hidden.float() @ vectors.to(hidden.device).T
+            if self._gate is None or any(each.requires_grad for each in self.ffn.first.parameters()):
+                self._gate = gate_vectors(self.ffn.keys.detach().float(), self.labels, self.experts)
+            return hidden.float() @ self._gate.to(hidden.device).T
         if self.score != "magnitude":
             raise AtlasError(f"{self.ffn.name}: there is no score {self.score!r}; take gate, magnitude or a module.")
         labels = torch.from_numpy(self.labels).to(activation.device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_atlas.emoe.split import RULES, gate_vectors, split_neurons
+from moe_atlas.emoe.split import RULES, split_neurons
 
 # How experts are chosen: by the mean pre-activation of their neurons, by the sum of their absolute activations, at
 # random, all but the k of avg-k, and the k with the lowest avg-k score.
@@ -99,24 +99,23 @@ class SplitSums:
         inputs: torch.Tensor,
         activations: torch.Tensor,
         blocks: torch.Tensor,
-        keys: torch.Tensor,
+        gate: torch.Tensor,
         value_norms: torch.Tensor,
     ) -> None:
         """Take tokens: inputs (T, H) and activations (T, F) of the FFN, the block (T,) int64 of each.
 
-        keys (F, H) and value_norms (F,) are the layer's; the gate is computed in float32.
+        gate (N, H) float32: gate_vectors of the split, made once a layer; value_norms (F,): the layer's.
         """
         labels, experts = self.split.labels, self.split.experts
-        vectors = gate_vectors(keys.float(), labels, experts)
-        scores, mass = (inputs.float() @ vectors.T).cpu(), expert_mass(activations, labels, experts).cpu()
+        scores, mass = (inputs.float() @ gate.T).cpu(), expert_mass(activations, labels, experts).cpu()
         output = expert_mass(activations.float() * value_norms.float(), labels, experts).cpu()
         some = mass.sum(1) > 0
         scores, mass, output, blocks = scores[some], mass[some], output[some], blocks[some]
         self.tokens.index_add_(0, blocks, torch.ones(len(blocks), dtype=torch.float64))
         for k in self.ks:
-            for gate in GATES:
-                choice = choose(gate, scores, mass, k, self._generator)
-                self.mass[k, gate].index_add_(0, blocks, captured(mass, choice))
+            for name in GATES:
+                choice = choose(name, scores, mass, k, self._generator)
+                self.mass[k, name].index_add_(0, blocks, captured(mass, choice))
             top = chosen(scores, k)
             for oracle, best in (("activation", chosen(mass, k)), ("output", chosen(output, k))):
                 self.agreement[k, oracle].index_add_(0, blocks, agreement(top, best))

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from moe_atlas.emoe.correlation import Moments
 from moe_atlas.emoe.ffns import DenseFFN, dense_ffns
 from moe_atlas.emoe.mechanism import Split, SplitSums, splits
+from moe_atlas.emoe.split import gate_vectors
 from moe_atlas.errors import AtlasError
 from moe_atlas.probe import Batch
 from moe_atlas.stream import LayerStream
@@ -99,8 +100,9 @@ def _observe(
     def keep(name: str):
         return lambda _module, arguments: seen.__setitem__(name, arguments[0].flatten(0, -2))
 
-    keys, value_norms = ffn.keys, _value_norms(ffn)
+    keys, value_norms = ffn.keys.float(), _value_norms(ffn)
     moments = Moments(len(keys))
+    gates = [gate_vectors(keys, split.labels, split.experts) for split in made.of(ffn)]
     sums = [
         SplitSums(split, made.grid[split.experts], index.blocks, seed=number)
         for number, split in enumerate(made.of(ffn))
@@ -116,8 +118,8 @@ def _observe(
             places, blocks = batch.tokens[counted], index.block[batch.rows[counted]]
             inputs, activations = seen["inputs"][places], seen["activations"][places]
             moments.add(activations)
-            for one in sums:
-                one.add(inputs, activations, blocks, keys, value_norms)
+            for one, gate in zip(sums, gates, strict=True):
+                one.add(inputs, activations, blocks, gate, value_norms)
     finally:
         for hook in hooks:
             hook.remove()
