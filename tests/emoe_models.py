@@ -58,9 +58,9 @@ def loaded(folder, **arguments):
     return network.eval()
 
 
-def streamed(folder):
+def streamed(folder, ids=IDS):
     stream = LayerStream(Checkpoint(folder))
-    stream.begin([IDS])
+    stream.begin([ids])
     for index in range(len(stream)):
         with stream.layer(index):
             stream.step(0)

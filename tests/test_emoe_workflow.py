@@ -5,11 +5,9 @@ import json
 import polars as pl
 import pytest
 import torch
+from emoe_models import streamed
 from families import save
 from workflow_runs import copy_repository, snakemake, write_sheet
-
-from moe_atlas.checkpoints import Checkpoint
-from moe_atlas.stream import LayerStream
 
 MADE = "results/checkpoints/made"
 IDS = torch.tensor([[5, 9, 20, 33, 7]])
@@ -30,15 +28,6 @@ def atlas(tmp_path_factory):
     return folder
 
 
-def streamed(folder):
-    stream = LayerStream(Checkpoint(folder))
-    stream.begin([IDS])
-    for index in range(len(stream)):
-        with stream.layer(index):
-            stream.step(0)
-    return stream.logits(0)
-
-
 def test_the_checkpoint_is_described_like_any_other(atlas):
     found = json.loads((atlas / "results/models/made/checkpoint.json").read_text())
     assert (found["model_type"], found["source"], found["N"], found["k"], found["m"]) == ("emoe", "emoe:dense", 5, 5, 8)
@@ -50,8 +39,8 @@ def test_the_checkpoint_is_described_like_any_other(atlas):
 
 
 def test_with_all_experts_at_work_it_computes_what_the_dense_model_does(atlas):
-    expected = streamed(atlas / "my dense")
-    torch.testing.assert_close(streamed(atlas / MADE), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    expected = streamed(atlas / "my dense", IDS)
+    torch.testing.assert_close(streamed(atlas / MADE, IDS), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_its_weights_have_the_tables_of_a_mixture(atlas):

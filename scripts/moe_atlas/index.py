@@ -6,7 +6,7 @@ from moe_atlas.files import read_json
 from moe_atlas.log import size
 from moe_atlas.pages import escape, href, link, page, table
 from moe_atlas.plotting.registry import COMPARISON_TITLES, EMOE_FIGURES, EXPERIMENTS, FORMATS, RANGES, split
-from moe_atlas.tables import ACROSS, EMOE, TABLES, TUNING
+from moe_atlas.tables import ALL
 
 INTRODUCTION = """<h1>MoE Atlas</h1>
 <p>What mixture-of-experts language models look like inside: the weights of their experts, their routers, and what the
@@ -156,7 +156,7 @@ def model_section(model: str, results: Path) -> str:
 def tables_section(results: Path) -> str:
     """The tables over all models, with what each column means."""
     rows = []
-    for name, declared in (TABLES | ACROSS | EMOE | TUNING).items():
+    for name, declared in ALL.items():
         files = [results / "tables" / f"{name}.{suffix}" for suffix in ("parquet", "csv")]
         files = [path for path in files if path.is_file()]
         if files:

@@ -50,38 +50,17 @@ rule emoe_mechanism:
         """
 
 
-rule aggregate_emoe:
-    """One table of EMoE, of all models."""
+use rule aggregate_tables as aggregate_emoe with:
+    # One table of EMoE, of all models.
     input:
         code=code("scripts/aggregate_tables.py"),
         tables=emoe_parts,
-    output:
-        parquet="results/tables/{table}.parquet",
-        csv=report(
-            "results/tables/{table}.csv",
-            caption="../report/table.rst",
-            category="Tables",
-            labels={"model": "all", "experiment": "{table}"},
-        ),
     log:
         "results/logs/aggregate_emoe/{table}.log",
     benchmark:
         "results/benchmarks/aggregate_emoe/{table}.tsv"
     wildcard_constraints:
         table=one_of(EMOE),
-    localrule: True
-    conda:
-        "../envs/statistics.yaml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=30,
-    shell:
-        """
-        exec >{log:q} 2>&1
-        python {input.code[0]:q} --table {wildcards.table:q} --inputs {input.tables:q} \
-            --parquet {output.parquet:q} --csv {output.csv:q}
-        """
 
 
 rule plot_emoe:

@@ -69,8 +69,8 @@ rule comparison_notebook:
         """
 
 
-rule emoe_notebook:
-    """The notebook of EMoE, of all models."""
+use rule comparison_notebook as emoe_notebook with:
+    # The notebook of EMoE, of all models.
     input:
         code=code("scripts/run_notebook.py"),
         notebook="notebooks/emoe.ipynb",
@@ -82,19 +82,6 @@ rule emoe_notebook:
         "results/logs/emoe_notebook.log",
     benchmark:
         "results/benchmarks/emoe_notebook.tsv"
-    localrule: True
-    conda:
-        "../envs/notebooks.yaml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=30,
     params:
         executed=lambda wildcards, output: str(PurePath(output[0]).with_suffix(".ipynb")),
         parameters=json.dumps({"corpora": corpora_of(["long"])}),
-    shell:
-        """
-        exec >{log:q} 2>&1
-        python {input.code[0]:q} --notebook {input.notebook:q} --executed {params.executed:q} --html {output:q} \
-            --parameters {params.parameters:q}
-        """

@@ -46,7 +46,7 @@ def read_tables(paths: list[str | os.PathLike]) -> dict[str, pl.DataFrame]:
     frames = {}
     for path in paths:
         name = Path(path).stem
-        if name not in tables.TABLES | tables.ACROSS | tables.EMOE | tables.TUNING:
+        if name not in tables.ALL:
             raise AtlasError(f"{path}: no table of the data contract is called {name}; give one of its files.")
         frames[name] = tables.read(name, path)
     return frames

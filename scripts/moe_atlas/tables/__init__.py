@@ -21,6 +21,7 @@ from moe_atlas.tables.tuning import TUNING
 
 __all__ = [
     "ACROSS",
+    "ALL",
     "CHOOSING_SCORES",
     "DOCUMENT_MEASURES",
     "EMOE",
@@ -38,11 +39,12 @@ __all__ = [
 
 # Of one model. `domain` compares the texts of one model, which is why it is among the behavioral ones.
 TABLES: dict[str, Table] = PARAMETRIC | BEHAVIORAL
+ALL: dict[str, Table] = TABLES | ACROSS | EMOE | TUNING
 
 
 def declared(name: str) -> Table:
     """The table of this name: of one model, across models, of EMoE or of fine-tuning."""
-    return (TABLES | ACROSS | EMOE | TUNING)[name]
+    return ALL[name]
 
 
 def conform(name: str, frame: pl.DataFrame) -> pl.DataFrame:
