@@ -19,9 +19,9 @@ from moe_atlas.architectures.moa_config import MoAConfig
 from moe_atlas.architectures.moa_routing import Router, Routing, choose, weigh
 
 DISPATCHES = ("auto", "gather", "sparse")
-# Elements E D up to which all experts are evaluated on a CPU: up to there two large products take less time than
-# many small ones (measured at d = 128 and 1536 tokens).
-GATHER_WIDTH = 1024
+# All experts are evaluated where they are at most so many times k and d is at most so large: two large products then
+# take no more time than many small ones (measured on one core, 1536 tokens, d = 128).
+GATHER_FACTOR, GATHER_HIDDEN = 4, 256
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -117,7 +117,7 @@ class MoAAttention(_Attention):
     Parameters: router.weight (E, d), query (E, D, d), output (E, d, D), key.weight and value.weight (D, d); with
     attention_bias also query_bias (E, D), output_bias (E, d), key.bias and value.bias (D,). The bias of an expert's
     output is weighed as its output is. `dispatch` is "gather" (all experts, then the chosen), "sparse" (tokens sorted
-    by expert) or "auto", the quicker one for the size and device.
+    by expert) or "auto", the quicker one for the size.
     """
 
     def __init__(self, config: MoAConfig, layer: int, kind: str):
@@ -159,17 +159,18 @@ class MoAAttention(_Attention):
         mixed = self.mix(read, ids, routing.weights.flatten(0, 1).to(read.dtype))
         return AttentionOutput(mixed.view_as(hidden), maps, routing)
 
-    def gathers(self, device: torch.device) -> bool:
+    def gathers(self) -> bool:
         """Whether all experts are evaluated on every token."""
         if self.dispatch not in DISPATCHES:
             raise ValueError(f"dispatch is {self.dispatch!r}; it may be {', '.join(DISPATCHES)}.")
         if self.dispatch != "auto":
             return self.dispatch == "gather"
-        return self.top_k == self.num_experts or self.num_experts * self.head_dim <= GATHER_WIDTH
+        few = self.num_experts <= GATHER_FACTOR * self.top_k and self.query.shape[-1] <= GATHER_HIDDEN
+        return few or self.top_k == self.num_experts
 
     def queries(self, tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Queries of the chosen experts: tokens (n, d), ids (n, k) -> (n, k, D)."""
-        if not self.gathers(tokens.device):
+        if not self.gathers():
             return _sorted_by_expert(tokens[:, None].expand(-1, ids.shape[1], -1), ids, self.query, self.query_bias)
         bias = None if self.query_bias is None else self.query_bias.flatten()
         every = functional.linear(tokens, self.query.flatten(0, 1), bias)
@@ -180,7 +181,7 @@ class MoAAttention(_Attention):
     def mix(self, read: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the chosen experts' outputs: read (n, k, D), ids and weights (n, k) -> (n, d)."""
         weighed = read * weights[..., None]
-        if self.gathers(read.device):
+        if self.gathers():
             if self.top_k < self.num_experts:
                 every = weighed.new_zeros(len(read) * self.num_experts, self.head_dim)
                 weighed = every.index_copy(0, _rows(ids, self.num_experts), weighed.flatten(0, 1))
@@ -206,10 +207,9 @@ def _sorted_by_expert(
     order = ids.flatten().argsort(stable=True)
     sizes = ids.flatten().bincount(minlength=len(weight)).tolist()
     parts = inputs.reshape(-1, inputs.shape[-1])[order].split(sizes)
-    outputs = [
-        functional.linear(part, weight[expert], None if bias is None else bias[expert])
-        for expert, part in enumerate(parts)
-    ]
+    # Taken apart once: the gradient of each weight[expert] would be as large as all of them.
+    biases = [None] * len(weight) if bias is None else bias.unbind()
+    outputs = [functional.linear(*part) for part in zip(parts, weight.unbind(), biases, strict=True)]
     joined = torch.cat(outputs)
     return torch.empty_like(joined).index_copy(0, order, joined).view(*ids.shape, -1)
 

@@ -28,7 +28,7 @@ class MoAConfig(PreTrainedConfig):
         "detached"  w_i = p_i / sum of the chosen p, no gradient through the sum (the paper's equation)
         "full"      softmax over the k chosen logits, as JetMoE: same value as "detached", gradient through the sum
     balance_loss, z_loss: factors of the two losses of every MoA block. They are added to the mean loss a token and
-    summed over blocks. (The released command adds them to a sum over tokens, which makes them about 8000 times smaller.)
+    summed over blocks. (The released command adds them to a sum over tokens: about 8000 times less.)
     frozen_router: the router keeps its random weights; the control for what a learned router adds.
     router_initializer_range: standard deviation of the router's initial weights.
     initializer_range: that of all other maps; None takes Xavier's uniform distribution.

@@ -72,9 +72,8 @@ class _LanguageModel(MoAPreTrainedModel):
     ) -> dict[str, torch.Tensor | None]:
         """Losses of logits (B, T, V) and labels (B, T), -100 where nothing is asked; masks: padding by block kind."""
         smoothing = self.config.label_smoothing if self.training else 0.0
-        task = functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, label_smoothing=smoothing
-        )
+        flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+        task = functional.cross_entropy(flat, labels.flatten(), ignore_index=-100, label_smoothing=smoothing)
         if not routing:
             return {"loss": task, "task_loss": task}
         balance = torch.stack([balance_loss(made.logits, made.ids, masks[made.kind]) for made in routing])
@@ -107,7 +106,7 @@ class _SingleStack(_LanguageModel):
         output_routing: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **_ignored: object,
+        return_dict: bool | None = None,
     ) -> MoAModelOutput:
         """Logits (B, T, V) of token ids (B, T), and losses where labels (B, T) are given, -100 asking nothing.
 
@@ -132,9 +131,11 @@ class _SingleStack(_LanguageModel):
         losses = {}
         if labels is not None:
             causal = self.objective == "causal"
-            shifted = functional.pad(labels, (0, 1), value=-100)[:, 1:] if causal else labels
+            wanted = functional.pad(labels, (0, 1), value=-100)[:, 1:] if causal else labels
             mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-            losses = self._losses(logits, shifted, outputs.routing, {self.model.kind: mask})
+            if mask is not None:  # padding on the left predicts nothing either
+                wanted = wanted.masked_fill(mask == 0, -100)
+            losses = self._losses(logits, wanted, outputs.routing, {self.model.kind: mask})
         return MoAModelOutput(
             **losses,
             logits=logits,
@@ -197,7 +198,7 @@ class MoAForTranslation(_LanguageModel, GenerationMixin):
         output_routing: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        **_ignored: object,
+        return_dict: bool | None = None,
     ) -> MoAModelOutput:
         """Logits (B, T, V) of the target after each of decoder_input_ids (B, T), given sources (B, S).
 

@@ -58,7 +58,8 @@ def weigh(logits: torch.Tensor, ids: torch.Tensor, normalization: str) -> torch.
 
     With S the sum of the chosen p and d_im = 1 where i = m, the gradients of w_i by the logit l_m are
     "none" p_i (d_im - p_m), "detached" w_i (d_im - p_m), both for all m, and "full" w_i (d_im - w_m) for chosen m and
-    0 for others. So at k = 1 only "full" gives its router no gradient (MoA, equation 4; JetMoE, 2404.07413, 2.2).
+    0 for others. So at k = 1 only "full" gives its router no gradient ("detached": MoA,
+    2210.05144, section 3; "full": JetMoE, 2404.07413, section 2.2).
     """
     if normalization == "full":
         return logits.gather(-1, ids).softmax(-1)
@@ -71,7 +72,7 @@ def balance_loss(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | N
 
     logits (B, T, E), ids (B, T, k); mask (B, T), 0 or False for padding, which is left out. Balanced choices give 1,
     all tokens on the same k experts with certainty E / k; k = E gives 1 whatever the router says. The gradient goes
-    through P alone (MoA, section 3.3; Switch, 2101.03961, equation 4).
+    through P alone (Switch, 2101.03961, equation 4).
     """
     experts = logits.shape[-1]
     kept = logits.new_ones(logits.shape[:-1]) if mask is None else mask.to(logits.dtype)

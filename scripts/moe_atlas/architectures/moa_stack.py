@@ -163,9 +163,12 @@ class MoAStack(MoAPreTrainedModel):
         output_routing: bool = False,
         output_attentions: bool | None = False,
         output_hidden_states: bool | None = False,
-        **_ignored: object,
+        return_dict: bool | None = None,
     ) -> MoAStackOutput:
-        """Token ids (B, T) or inputs_embeds (B, T, d), masks (B, past + T) and (B, S), the encoder's states (B, S, d)."""
+        """Token ids (B, T) or inputs_embeds (B, T, d), masks (B, past + T) and (B, S), an encoder's states (B, S, d).
+
+        return_dict is taken because `generate` gives it to an encoder, and changes nothing.
+        """
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and self.kind != "encoder" and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -225,7 +228,9 @@ class MoAStack(MoAPreTrainedModel):
         """Masks of self- and cross-attention; None where a kernel needs none."""
         if self.kind == "encoder":
             return create_bidirectional_mask(self.config, embedded, attention_mask), None
-        own = create_causal_mask(self.config, embedded, attention_mask, past)
+        # Without a mask a kernel takes the last query to be at the last key, which in an empty static cache it is not.
+        plain = past is None or embedded.shape[1] == 1
+        own = create_causal_mask(self.config, embedded, attention_mask, past, allow_is_causal_skip=plain)
         if source is None:
             return own, None
         return own, create_bidirectional_mask(self.config, embedded, source_mask, encoder_hidden_states=source)
