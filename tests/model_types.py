@@ -240,6 +240,7 @@ TYPES = {
         shared=1,
         fused="rows",
     ),
+    "moa": ModelType(EIGHT | {"attention_bias": True}, width=40, layers=(), router="router"),
     "nemotron_h": ModelType(
         ROUTED
         | GROUPS

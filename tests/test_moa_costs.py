@@ -1,5 +1,7 @@
 """Formulas of parameters and MACs: against built models, against counted products, and against published columns."""
 
+from pathlib import Path
+
 import moa_reference as reference
 import polars as pl
 import pytest
@@ -20,7 +22,7 @@ from moe_atlas.architectures.moa_published import jetmoe_parameters, published_c
 from moe_atlas.errors import AtlasError
 
 AUTO = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM, "translation": AutoModelForSeq2SeqLM}
-PUBLISHED = "config/moa_published.tsv"
+PUBLISHED = Path(__file__).resolve().parent.parent / "config" / "moa_published.tsv"
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])

@@ -95,7 +95,7 @@ class _Attention(nn.Module):
             key = rotate(key, rotation)
         return (key, value) if past is None else past.update(key, value, self.layer)
 
-    def _attend(
+    def attend(
         self,
         query: torch.Tensor,
         source: torch.Tensor,
@@ -104,6 +104,7 @@ class _Attention(nn.Module):
         rotation: Rotation | None,
         with_maps: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Queries (B, h, T, D) attend to a source (B, S, d): what they read (B, h, T, D), and maps (B, h, T, S)."""
         if rotation is not None:
             query = rotate(query, rotation)
         key, value = self.keys_and_values(source, past, rotation)
@@ -154,7 +155,7 @@ class MoAAttention(_Attention):
         flat, ids = hidden.flatten(0, 1), ids.flatten(0, 1)
         query = self.queries(flat, ids).view(*hidden.shape[:2], self.top_k, self.head_dim).transpose(1, 2)
         source = hidden if source is None else source
-        read, maps = self._attend(query, source, mask, past_key_values, rotation, output_attentions)
+        read, maps = self.attend(query, source, mask, past_key_values, rotation, output_attentions)
         read = read.transpose(1, 2).reshape(-1, self.top_k, self.head_dim)
         mixed = self.mix(read, ids, routing.weights.flatten(0, 1).to(read.dtype))
         return AttentionOutput(mixed.view_as(hidden), maps, routing)
@@ -240,7 +241,7 @@ class MultiHeadAttention(_Attention):
         """As MoAAttention.forward; maps (B, heads, T, S), no routing."""
         query = self.query(hidden).view(*hidden.shape[:2], -1, self.head_dim).transpose(1, 2)
         source = hidden if source is None else source
-        read, maps = self._attend(query, source, mask, past_key_values, rotation, output_attentions)
+        read, maps = self.attend(query, source, mask, past_key_values, rotation, output_attentions)
         return AttentionOutput(self.output(read.transpose(1, 2).flatten(2)), maps, None)
 
 
