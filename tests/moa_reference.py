@@ -77,3 +77,33 @@ def forward(
                 output = output if made.output_bias is None else output + made.output_bias[expert]
                 outputs[row, token] += weight * output
     return outputs
+
+
+def _norm(module: torch.nn.Module, vector: torch.Tensor) -> torch.Tensor:
+    centred = vector - vector.mean()
+    return centred / (centred.square().mean() + 1e-5).sqrt() * module.weight + module.bias
+
+
+def _ffn(module: torch.nn.Module, vector: torch.Tensor) -> torch.Tensor:
+    inner = (module.up_proj.weight @ vector + module.up_proj.bias).clamp(min=0)
+    return module.down_proj.weight @ inner + module.down_proj.bias
+
+
+def stack(made: torch.nn.Module, ids: list[int], source: torch.Tensor | None = None) -> torch.Tensor:
+    """States (T, d) after a stack of MoA layers with sinusoidal positions and ReLU, for one row of token ids."""
+    config, half = made.config, made.config.hidden_size // 2
+    angles = [[place / 10000 ** (j / half) for j in range(half)] for place in range(len(ids))]
+    table = torch.tensor([[*map(math.sin, row), *map(math.cos, row)] for row in angles], dtype=torch.float64)
+    states = made.embed_tokens.weight[ids] * math.sqrt(config.hidden_size) + table
+    for layer in made.layers:
+        parts = [(lambda given, layer=layer: forward(layer.self_attn, given[None])[0], layer.self_attn_norm)]
+        if layer.cross_attn is not None:
+            cross = lambda given, layer=layer: forward(layer.cross_attn, given[None], source[None])[0]  # noqa: E731
+            parts.append((cross, layer.cross_attn_norm))
+        parts.append((lambda given, layer=layer: torch.stack([_ffn(layer.mlp, row) for row in given]), layer.mlp_norm))
+        for block, norm in parts:
+            if config.norm == "pre":
+                states = states + block(torch.stack([_norm(norm, row) for row in states]))
+            else:
+                states = torch.stack([_norm(norm, row) for row in states + block(states)])
+    return torch.stack([_norm(made.norm, row) for row in states]) if config.norm == "pre" else states

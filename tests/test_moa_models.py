@@ -42,6 +42,22 @@ def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(ours, expected, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("objective", AUTO)
+def test_a_model_computes_the_equations(objective, norm):
+    """Against the same written out once more, vector by vector; both round angles in their own precision."""
+    model, source, target = build(objective, norm=norm, attention_bias=True), tokens(1, 5), tokens(1, 4, seed=2)
+    with torch.no_grad():
+        if objective == "translation":
+            ours = model(source, decoder_input_ids=target).logits
+            encoded = reference.stack(model.encoder, source[0].tolist())
+            states = reference.stack(model.decoder, target[0].tolist(), encoded)
+        else:
+            ours, states = model(source).logits, reference.stack(model.model, source[0].tolist())
+        expected = states @ model.get_input_embeddings().weight.T
+        torch.testing.assert_close(ours[0], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("objective", AUTO)
 def test_a_saved_model_comes_back_bit_for_bit(objective, attention, tmp_path):
