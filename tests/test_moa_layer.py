@@ -21,6 +21,13 @@ def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-12) 
     torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
 
 
+def scatter(made: torch.nn.Module) -> None:
+    """Put random numbers into all parameters."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.4, generator=generator)
+
+
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @pytest.mark.parametrize("dispatch", ["gather", "sparse"])
 @pytest.mark.parametrize("kind", ["causal", "encoder", "cross"])
@@ -77,8 +84,7 @@ def test_the_order_of_experts_does_not_matter(dispatch):
 @pytest.mark.parametrize("make", [MoAAttention, MultiHeadAttention])
 def test_a_causal_block_does_not_see_what_comes_later(make):
     made = make(reference.config(attention="moa"), 0, "causal").double()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+    scatter(made)
     first, second = states(1, 8, 16), states(1, 8, 16)
     second[:, 5:] += states(1, 3, 16, seed=9)
     with torch.no_grad():
@@ -258,12 +264,32 @@ def test_jetmoe_with_one_head_an_expert_is_this_block(dispatch):
         assert not torch.allclose(made(hidden).output, expected)  # positions matter
 
 
+@pytest.mark.parametrize("kind", ["causal", "cross"])
+def test_multi_head_attention_is_torchs(kind):
+    """Where heads times their width are d, as torch has them."""
+    made = MultiHeadAttention(reference.config(num_attention_heads=4, head_dim=4, attention_bias=True), 0, kind)
+    theirs = torch.nn.MultiheadAttention(16, 4, batch_first=True, dtype=torch.float64)
+    made.double()
+    scatter(made)
+    maps = (made.query, made.key, made.value)
+    hidden, source = states(2, 6, 16), states(2, 8, 16, seed=2)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([part.weight for part in maps]))
+        theirs.in_proj_bias.copy_(torch.cat([part.bias for part in maps]))
+        theirs.out_proj.load_state_dict(made.output.state_dict())
+        if kind == "causal":
+            later = torch.ones(6, 6, dtype=torch.bool).triu(1)
+            expected = theirs(hidden, hidden, hidden, attn_mask=later, need_weights=False)[0]
+            close(made(hidden).output, expected)
+        else:
+            close(made(hidden, source).output, theirs(hidden, source, source, need_weights=False)[0])
+
+
 @pytest.mark.parametrize("steps", [[1] * 6, [3, 1, 2], [6]])
 @pytest.mark.parametrize("make", [MoAAttention, MultiHeadAttention])
 def test_a_cache_gives_what_one_pass_gives(make, steps):
     made = make(reference.config(), 0, "causal").double()
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.4, generator=torch.Generator().manual_seed(3))
+    scatter(made)
     hidden, cache = states(2, 6, 16), DynamicCache()
     with torch.no_grad():
         parts = [made(part, past_key_values=cache).output for part in hidden.split(steps, dim=1)]
