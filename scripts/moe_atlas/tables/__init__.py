@@ -16,6 +16,7 @@ from moe_atlas.tables.across import ACROSS
 from moe_atlas.tables.behavioral import BEHAVIORAL, CHOOSING_SCORES, DOCUMENT_MEASURES, GROUPINGS, SCORES
 from moe_atlas.tables.columns import Table
 from moe_atlas.tables.emoe import EMOE
+from moe_atlas.tables.moa import MOA
 from moe_atlas.tables.parametric import PARAMETRIC
 from moe_atlas.tables.tuning import TUNING
 
@@ -26,6 +27,7 @@ __all__ = [
     "DOCUMENT_MEASURES",
     "EMOE",
     "GROUPINGS",
+    "MOA",
     "SCORES",
     "TABLES",
     "TUNING",
@@ -39,11 +41,11 @@ __all__ = [
 
 # Of one model. `domain` compares the texts of one model, which is why it is among the behavioral ones.
 TABLES: dict[str, Table] = PARAMETRIC | BEHAVIORAL
-ALL: dict[str, Table] = TABLES | ACROSS | EMOE | TUNING
+ALL: dict[str, Table] = TABLES | ACROSS | EMOE | TUNING | MOA
 
 
 def declared(name: str) -> Table:
-    """The table of this name: of one model, across models, of EMoE or of fine-tuning."""
+    """The table of this name: of one model, across models, of EMoE, of fine-tuning or of MoA."""
     return ALL[name]
 
 
