@@ -1,5 +1,6 @@
 # make atlas   set up .venv and run the workflow of config/config.yaml
 # make emoe    the same of EMoE, before tuning and tuned, config/emoe.yaml: about 25 minutes, not part of make atlas
+# make moa     train models whose attention heads are experts, and compare them, config/moa.yaml: not part of make atlas
 # make test    set up .venv and run the tests
 # make setup   set up .venv alone
 # make test-cluster   run a reduced demo on a real Slurm, which it starts and stops (root; apt-get install slurm-wlm munge)
@@ -38,13 +39,16 @@ LOCKED := .venv/locked-$(shell cksum < requirements.txt | tr ' ' '-')
 torch = $(1) -m pip install --no-deps $(if $(TORCH_INDEX),--retries 0 --timeout 10 --extra-index-url $(TORCH_INDEX)) \
 	"$$(grep -o '^torch==[^ ]*' $(2))" || $(1) -m pip install --no-deps "$$(grep -o '^torch==[^ ]*' $(2))"
 
-.PHONY: atlas emoe test test-cluster bench setup lint lock python
+.PHONY: atlas emoe moa test test-cluster bench setup lint lock python
 
 atlas: setup
 	$(RUN) snakemake --cores $(CORES) $(ARGS)
 
 emoe: setup
 	$(RUN) snakemake --cores $(CORES) $(ARGS) emoe
+
+moa: setup
+	$(RUN) snakemake --cores $(CORES) $(ARGS) moa
 
 # Files begin in their own order: by number of tests, the longest ones would come last and one core would wait.
 test: setup

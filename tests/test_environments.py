@@ -85,7 +85,7 @@ def test_an_environment_holds_what_its_programs_import(path):
 
 def test_only_the_environments_that_need_it_hold_torch():
     with_torch = {path.stem for path in ENVIRONMENTS if "torch" in pip_pins(path)}
-    assert with_torch == {"training", "checkpoints", "emoe", "mechanism", "hub", "extraction", "tuning"}
+    assert with_torch == {"training", "checkpoints", "emoe", "mechanism", "hub", "extraction", "tuning", "moa"}
 
 
 def test_the_conda_environment_is_the_lock():

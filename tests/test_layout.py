@@ -49,6 +49,7 @@ ALLOWED = {
     "devices": set(),
     "scan": set(),
     "claims": {"parametric", "sheets"},
+    "moa": {"architectures", "claims", "corpora", "sheets", "training", "tuning"},
     "modularity": {"behavioral", "emoe", "probe", "stream", "text_index", "tokens"},
     "parallel": set(),
     "parametric": {"architectures", "parallel"},
@@ -114,6 +115,7 @@ def test_each_function_of_the_rules_is_written_once():
     [
         *("sheets", "corpora", "tables", "behavioral.tables", "plotting.registry", "training.recipes"),
         *("tuning.settings", "tuning.tasks", "tuning.arms"),
+        *("moa.settings", "moa.plateau", "moa.differences"),
     ],
 )
 def test_light_modules_do_not_load_torch(module):

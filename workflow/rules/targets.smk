@@ -7,6 +7,7 @@ localrules:
     figures,
     notebooks,
     emoe,
+    moa,
 
 
 rule checkpoints:
@@ -54,3 +55,10 @@ rule emoe:
         lambda wildcards: emoe_mechanism_files(),
         lambda wildcards: emoe_tuned_files(),
         "results/notebooks/emoe.html",
+
+
+rule moa:
+    """Attention heads as experts, trained and compared: tables, and the models that are looked into. No part of `all`."""
+    input:
+        expand("results/tables/{table}.{format}", table=MOA_TABLES, format=["parquet", "csv"]),
+        moa_kept_checkpoints(),

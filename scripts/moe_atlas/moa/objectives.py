@@ -32,7 +32,8 @@ class Score:
 
 
 class Objective(Protocol):
-    """special: ids of MoAConfig. unlearned: validation loss (nats a token) of token frequencies alone.
+    """special: ids of MoAConfig. unlearned: validation loss (nats a token) of token frequencies alone, over `looked`
+    tokens.
 
     A batch is what the model's forward takes, with labels; the model's task_loss is the mean over those that are asked for.
     """
@@ -41,6 +42,7 @@ class Objective(Protocol):
     tokenizer: Tokenizer
     special: dict[str, int | None]
     unlearned: float
+    looked: int
     tests: tuple[str, ...]
 
     def batches(self, seed: int) -> Iterator[Batch]:
@@ -99,6 +101,7 @@ class Language:
         self.task, self.texts, self.tokenizer = task, texts, texts.tokenizer
         self.sets = {name: self._fixed(getattr(texts, name)) for name in ("validation", "test")}
         self.unlearned = frequency_loss(texts.frequencies, self.sets["validation"])
+        self.looked = sum(map(asked, self.sets["validation"]))
 
     def labelled(self, ids: torch.Tensor, rng: np.random.Generator) -> Batch:
         """A batch from sequences (batch, length)."""
