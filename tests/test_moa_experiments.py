@@ -82,7 +82,9 @@ def test_no_document_is_in_two_sets():
     task = replace(SETTINGS.tasks["causal"], validation=40)
     found = demo_texts(task)
     assert found.validation.shape == (40, task.length) and found.test.shape[1] == task.length
-    trained = {tuple(ids[i : i + 12]) for texts in found.encoded.values() for ids in texts for i in range(len(ids) - 11)}
+    trained = {
+        tuple(ids[i : i + 12]) for texts in found.encoded.values() for ids in texts for i in range(len(ids) - 11)
+    }
     for sequences in (found.validation, found.test[:100]):
         pieces = [tuple(row[i : i + 12].tolist()) for row in sequences for i in range(1, task.length - 12, 12)]
         assert sum(piece in trained for piece in pieces) < 0.05 * len(pieces)  # formulas and signatures repeat
@@ -202,7 +204,9 @@ def test_a_run_learns_and_moves_what_it_should(settings, objectives, name, arm):
     assert moved == set(before) - (routers if arm == "frozen" else set()) and bool(routers) == (arm != "mha")
     steps = [step for step, split, _ in found.curve if split == "validation"]
     assert steps[-1] == found.steps and found.curve[-1][2] == found.validation
-    assert len(found.curve) == 2 * len(steps) and math.isclose(mean_loss(model, objective.validation())[0], found.validation)
+    assert len(found.curve) == 2 * len(steps) and math.isclose(
+        mean_loss(model, objective.validation())[0], found.validation
+    )
 
 
 def test_accumulated_batches_make_the_step_of_one(settings, objectives):
@@ -245,7 +249,9 @@ def test_rates_are_chosen_on_validation_and_only_theirs_is_tested(job):
     assert looked["chosen"].to_list() == [True, False] and set(looked["metric"]) == {"perplexity"}
     assert runs.filter(test="test")["learning_rate"].unique().to_list() == [looked["learning_rate"][0]]
     assert sorted(runs.filter(test="test")["seed"]) == [0, 1] and runs.filter(test="test")["chosen"].all()
-    ends = curves.filter(split="validation").group_by("seed", "learning_rate").agg(pl.col("loss").sort_by("step").last())
+    ends = (
+        curves.filter(split="validation").group_by("seed", "learning_rate").agg(pl.col("loss").sort_by("step").last())
+    )
     joined = runs.filter(test="validation").join(ends, on=["seed", "learning_rate"])
     np.testing.assert_allclose(joined["value"], joined["loss"].exp())
     assert chosen_rate({0.1: [2.0, 4.0], 0.2: [2.5, 2.5], 0.3: [math.nan, 0.0]}) == 0.2

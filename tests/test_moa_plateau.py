@@ -42,7 +42,9 @@ def test_a_run_ends_after_its_plateau():
     """Exponential fall of 5 nats to 3: the first look at which 30 steps gained under 1 %, and a quarter more steps."""
     end = ended(lambda step: 3 + 2 * math.exp(-step / 50))
     losses = {step: 3 + 2 * math.exp(-step / 50) for step in range(10, 1000, 10)}
-    expected = next(step for step in losses if step >= 60 and losses[step - 30] - losses[step] < 0.01 * losses[step - 30])
+    expected = next(
+        step for step in losses if step >= 60 and losses[step - 30] - losses[step] < 0.01 * losses[step - 30]
+    )
     assert end.plateau and end.decay_from == expected and end.last == expected + round(expected / 4)
 
 
@@ -94,7 +96,8 @@ def settings(*contrasts: tuple[str, str], **studies: tuple[str, ...]):
     """Settings of studies of the causal objective by their arms."""
     one = next(iter(SETTINGS.studies.values()))
     made = {
-        name: replace(one, name=name, objective="causal", arms=arms, contrasts=contrasts) for name, arms in studies.items()
+        name: replace(one, name=name, objective="causal", arms=arms, contrasts=contrasts)
+        for name, arms in studies.items()
     }
     return replace(SETTINGS, studies=made)
 
@@ -105,6 +108,15 @@ def runs(*rows: tuple) -> pl.DataFrame:
     keys = ("study", "arm", "seed", "test", "metric", "value")
     fixed = {"objective": "causal", "attention": "mha", "chosen": True, "learning_rate": 0.01}
     return pl.DataFrame([fixed | dict(zip(keys, row, strict=True)) for row in rows], schema=schema)
+
+
+def logged(study: str, logs: dict) -> list[tuple]:
+    """Rows of perplexities by arm and seed, of their logarithms."""
+    return [
+        (study, arm, seed, "test", "perplexity", math.exp(value))
+        for arm, part in logs.items()
+        for seed, value in enumerate(part)
+    ]
 
 
 def test_differences_are_paired_and_of_logarithms():
@@ -130,8 +142,7 @@ def test_differences_are_paired_and_of_logarithms():
 def test_p_is_adjusted_within_a_study_by_holm():
     rng = np.random.default_rng(0)
     values = {"a": rng.normal(3.0, 0.1, 4), "b": rng.normal(3.1, 0.1, 4), "c": rng.normal(3.2, 0.1, 4)}
-    rows = [("s", arm, i, "test", "perplexity", math.exp(x)) for arm, part in values.items() for i, x in enumerate(part)]
-    rows += [("u", arm, i, "test", "perplexity", math.exp(x)) for arm in "ab" for i, x in enumerate(values[arm])]
+    rows = [*logged("s", values), *logged("u", {arm: values[arm] for arm in "ab"})]
     made = settings(("a", "b"), ("a", "c"), s=("a", "b", "c"))
     made.studies["u"] = replace(made.studies["s"], name="u", arms=("a", "b"), contrasts=(("a", "b"),))
     found = differences(made, runs(*rows))
@@ -150,8 +161,7 @@ def test_a_planted_better_arm_is_found_and_equal_arms_are_not():
     for _ in range(200):
         level, noise = rng.normal(3, 0.1, 5), rng.normal(0, 0.005, (3, 5))
         logs = {"base": level + noise[0], "better": level - 0.05 + noise[1], "same": level + noise[2]}
-        rows = [("s", arm, i, "test", "perplexity", math.exp(x)) for arm, part in logs.items() for i, x in enumerate(part)]
-        found.append(differences(made, runs(*rows)))
+        found.append(differences(made, runs(*logged("s", logs))))
     every = pl.concat(found)
     better, same = every.filter(arm="better"), every.filter(arm="same")
     assert (better["p_adjusted"] < 0.05).mean() > 0.98 and (better["high"] < 0).mean() > 0.98

@@ -82,7 +82,10 @@ FAULTS = [
     ({"keep": [["s", "b"]]}, "keep: no study s has an arm b"),
     ({"objectives": {"causal": {"seeds": 1, "selection_seeds": 2}}}, "causal: selection_seeds is above seeds"),
     ({"objectives": {"causal": {"length": 4096}}}, "causal: length is above max_position_embeddings"),
-    ({"objectives": {"causal": {"training": {"most": 100}}}}, "causal, training: no plateau can be seen before step 80"),
+    (
+        {"objectives": {"causal": {"training": {"most": 100}}}},
+        "causal, training: no plateau can be seen before step",
+    ),
     ({"objectives": {"causal": {"training": {"gain": 1}}}}, "causal, training, gain: 1 is greater than or equal"),
     ({"objectives": {"speech": {}}}, "objectives: .*'speech' was unexpected"),
     ({"model": {"head_dim": 4}}, "model: 'head_dim' should not be valid"),

@@ -1,4 +1,4 @@
-"""The MoA experiments through Snakemake: tiny models from texts to tables, and what a change of the settings runs again."""
+"""The MoA experiments through Snakemake: tiny models from texts to tables, and what a change runs again."""
 
 import json
 

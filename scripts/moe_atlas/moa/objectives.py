@@ -35,7 +35,7 @@ class Objective(Protocol):
     """special: ids of MoAConfig. unlearned: validation loss (nats a token) of token frequencies alone, over `looked`
     tokens.
 
-    A batch is what the model's forward takes, with labels; the model's task_loss is the mean over those that are asked for.
+    A batch is what the model's forward takes, with labels; the model's task_loss is the mean over those asked for.
     """
 
     name: str
@@ -70,7 +70,7 @@ def asked(batch: Batch) -> int:
 def mean_loss(
     model: nn.Module, batches: Iterable[Batch], device: str = "cpu", precision: str = "float32"
 ) -> tuple[float, int]:
-    """(nats a token over all batches, tokens), of the model in evaluation mode; the routers' own losses do not count."""
+    """(nats a token over all batches, tokens), in evaluation mode; the routers' own losses do not count."""
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
@@ -160,9 +160,9 @@ class Masked(Language):
         super().__init__(task, texts)
 
     def labelled(self, ids: torch.Tensor, rng: np.random.Generator) -> Batch:
-        """Ask for a share of each sequence's tokens that are not special: 80 % of them hidden, 10 % replaced, 10 % left.
+        """Ask for a share of each sequence's ordinary tokens: 80 % of them hidden, 10 % replaced, 10 % left.
 
-        As many of each sequence as the share rounds to, at least one where there is an ordinary token.
+        Special tokens are no ordinary ones. As many of each sequence as the share rounds to, at least one if it has one.
         """
         original = ids.numpy()
         ordinary = np.isin(original, self.ordinary)

@@ -155,7 +155,10 @@ def _tables(job: Job, arm: Arm, objective: Objective, config: MoAConfig, runs: l
         chosen = run.scores is not None
         length = {"steps": found.steps, "tokens": found.tokens}
         looked = Score("perplexity", math.exp(found.validation), math.exp(objective.unlearned), objective.looked)
-        scores = [("validation", looked), *((test, score) for test, part in (run.scores or {}).items() for score in part)]
+        scores = [
+            ("validation", looked),
+            *((test, score) for test, part in (run.scores or {}).items() for score in part),
+        ]
         for test, score in scores:
             values = {"test": test, **asdict(score), "chosen": chosen, "plateau": found.plateau}
             rows["moa_runs"].append(named | shape | at | values | length)

@@ -1,4 +1,4 @@
-"""What the experiments are told: the file that the config names, checked against its schema. Nothing here imports torch."""
+"""What the experiments are told: the file that the config names, checked against its schema. No torch here."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,9 +15,9 @@ from moe_atlas.sheets import schema
 class Schedule:
     """How long a run lasts (see moe_atlas.moa.plateau) and how its steps are made.
 
-    warmup, evaluate, least, most: steps; window: looks at the validation set; gain, decay: shares; margin: nats a token;
-    accumulate: batches of a step; clip: largest norm of a gradient, 0 for any. shape inverse-sqrt is the published
-    schedule: no plateau is looked for, and the rate falls with the square root of the step until `most`.
+    warmup, evaluate, least, most: steps; window: looks at the validation set; gain, decay: shares; margin: nats a
+    token; accumulate: batches of a step; clip: largest norm of a gradient, 0 for any. shape inverse-sqrt is the
+    published schedule: no plateau is looked for, and the rate falls with the square root of the step until `most`.
     """
 
     warmup: int
@@ -45,7 +45,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Arm:
-    """One kind of attention. Of multi-head attention either `heads`, or `match` and the MoA arm `of` that it is sized by."""
+    """One kind of attention. Multi-head attention has `heads`, or `match` and the MoA arm `of` that it is sized by."""
 
     name: str
     attention: str

@@ -1,4 +1,4 @@
-"""Sequences of the demo texts for language models: what is trained on, looked at and tested, no document in two of them."""
+"""Sequences of the demo texts: what is trained on, looked at and tested, with no document in two of them."""
 
 from dataclasses import dataclass
 

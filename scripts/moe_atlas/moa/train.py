@@ -69,7 +69,9 @@ def train(
             since.append(task.item())
             tokens += objective.tokens(batch)
         if schedule.clip:
-            nn.utils.clip_grad_norm_((part for group in optimizer.param_groups for part in group["params"]), schedule.clip)
+            nn.utils.clip_grad_norm_(
+                (part for group in optimizer.param_groups for part in group["params"]), schedule.clip
+            )
         optimizer.step()
         optimizer.zero_grad()
         step += 1
