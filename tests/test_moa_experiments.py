@@ -1,5 +1,6 @@
 """The MoA experiments: texts, masks, losses by hand, plateaus on planted curves, and runs that repeat."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_atlas import tables
 from moe_atlas.corpora import demo_documents
@@ -257,6 +259,18 @@ def test_rates_are_chosen_on_validation_and_only_theirs_is_tested(job):
     assert chosen_rate({0.1: [2.0, 4.0], 0.2: [2.5, 2.5], 0.3: [math.nan, 0.0]}) == 0.2
     with pytest.raises(AtlasError, match="no learning rate of this arm gives a finite loss"):
         chosen_rate({0.1: [math.nan], 0.2: [math.inf]})
+
+
+def test_the_kept_model_is_the_one_that_was_tested(job, objectives):
+    """Loaded by transformers, it has the perplexity of the run that done.json names, and its tokenizer."""
+    tables_of_job, folder = job[0]
+    done = json.loads((folder / "done.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    row = tables_of_job["moa_runs"].filter(test="test", seed=done["seed"], learning_rate=done["learning_rate"])
+    (score,) = objectives["causal"].scores(model.eval(), "test")
+    assert score.value == row["value"].item() and done["steps"] == row["steps"].item()
+    tokenizer = objectives["causal"].tokenizer
+    assert AutoTokenizer.from_pretrained(folder)("a few words")["input_ids"] == tokenizer.encode("a few words").ids
 
 
 def test_matched_arms_match_and_experts_that_are_all_taken_are_marked(settings, objectives, tmp_path):

@@ -73,3 +73,28 @@ rule compare_moa:
         python {input.code[0]:q} --settings {input.settings:q} --runs {input.runs:q} --curves {input.curves:q} \
             --throughput {input.throughput:q} --output results/tables
         """
+
+
+rule moa_costs:
+    """Published parameters and multiply-accumulates beside those of the formulas. No model is trained for it."""
+    input:
+        code=code("scripts/moa_costs.py"),
+        published="config/moa_published.tsv",
+    output:
+        expand("results/tables/moa_costs.{format}", format=["parquet", "csv"]),
+    log:
+        "results/logs/moa_costs.log",
+    benchmark:
+        "results/benchmarks/moa_costs.tsv"
+    localrule: True
+    conda:
+        "../envs/moa.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    shell:
+        """
+        exec >{log:q} 2>&1
+        python {input.code[0]:q} --published {input.published:q} --output results/tables
+        """

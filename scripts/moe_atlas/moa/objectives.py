@@ -162,7 +162,7 @@ class Masked(Language):
     def labelled(self, ids: torch.Tensor, rng: np.random.Generator) -> Batch:
         """Ask for a share of each sequence's ordinary tokens: 80 % of them hidden, 10 % replaced, 10 % left.
 
-        Special tokens are no ordinary ones. As many of each sequence as the share rounds to, at least one if it has one.
+        Special tokens are no ordinary ones. As many of a sequence as the share rounds to, one at least if there is any.
         """
         original = ids.numpy()
         ordinary = np.isin(original, self.ordinary)

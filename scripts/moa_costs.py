@@ -1,0 +1,31 @@
+"""Set parameters and multiply-accumulates that the MoA paper printed beside those of our formulas, as parquet and CSV."""
+
+import argparse
+import os
+from pathlib import Path
+
+# Set before transformers is imported: nothing is read from the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from moe_atlas import tables
+from moe_atlas.files import atomic_path
+from moe_atlas.log import run, say
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--published", required=True, help="sheet of the published numbers (tsv)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the table to write")
+    arguments = parser.parse_args()
+
+    from moe_atlas.architectures.moa_costs import published_costs  # after --help: it takes seconds
+
+    found = published_costs(arguments.published)
+    tables.write("moa_costs", found, arguments.output / "moa_costs.parquet")
+    with atomic_path(arguments.output / "moa_costs.csv") as csv:
+        tables.conform("moa_costs", found).write_csv(csv)
+    say(f"moa_costs: {found['agrees'].sum()} of {len(found)} numbers agree")
+
+
+if __name__ == "__main__":
+    run(main)
