@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the table to write")
     arguments = parser.parse_args()
 
-    from moe_atlas.architectures.moa_costs import published_costs  # after --help: it takes seconds
+    from moe_atlas.architectures.moa_published import published_costs  # after --help: it takes seconds
 
     found = published_costs(arguments.published)
     tables.write("moa_costs", found, arguments.output / "moa_costs.parquet")

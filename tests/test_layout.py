@@ -131,7 +131,7 @@ def test_every_program_says_what_it_does(path):
 
 
 def test_files_are_small_enough_to_read():
-    limits = {"workflow/Snakefile": 60, "workflow/rules/common.smk": 200}
+    limits = {"workflow/Snakefile": 70, "workflow/rules/common.smk": 200}
     for path in [ROOT / "workflow" / "Snakefile", *(ROOT / "workflow" / "rules").glob("*.smk")]:
         name = str(path.relative_to(ROOT))
         assert len(path.read_text().splitlines()) <= limits.get(name, 150), name
