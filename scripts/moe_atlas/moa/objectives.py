@@ -1,7 +1,7 @@
 """What models learn, as the trainer asks for it: batches, a validation set, scores of the tests."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,9 +10,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import nn
 
-from moe_atlas.errors import AtlasError
 from moe_atlas.moa.settings import Task
-from moe_atlas.moa.texts import MASK, Texts, demo_texts
+from moe_atlas.moa.texts import MASK, Texts
 from moe_atlas.training.data import Batches
 from moe_atlas.training.tokenizer import BOS_ID, EOS_ID, UNK_ID
 
@@ -175,21 +174,3 @@ class Masked(Language):
         seen = np.where(replaced, rng.choice(self.ordinary, original.shape), seen)
         labels = np.where(chosen, original, NOT_ASKED)
         return {"input_ids": torch.from_numpy(seen), "labels": torch.from_numpy(labels)}
-
-
-# By objective and scheme of the source: from a task to an objective.
-OBJECTIVES: dict[tuple[str, str], Callable[[Task], Objective]] = {
-    ("causal", "demo"): lambda task: Causal(task, demo_texts(task)),
-    ("masked", "demo"): lambda task: Masked(task, demo_texts(task)),
-}
-
-
-def objective_of(task: Task) -> Objective:
-    """The objective of a task. AtlasError for a source that it cannot be made from."""
-    scheme, _, _ = task.source.partition(":")
-    if (task.objective, scheme) not in OBJECTIVES:
-        known = ", ".join(f"{source}:" for name, source in OBJECTIVES if name == task.objective)
-        raise AtlasError(
-            f"objectives, {task.objective}, source: {task.source} is of no known kind; write one of {known or 'none'}."
-        )
-    return OBJECTIVES[task.objective, scheme](task)

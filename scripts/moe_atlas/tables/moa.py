@@ -86,6 +86,18 @@ MOA: dict[str, Table] = {
             ("p_adjusted", NUMBER, "by Holm's method over all rows of the study"),
         ),
     ),
+    "moa_tasks": Table(
+        "tables/moa_tasks.parquet",
+        (),
+        (
+            ("task", STRING, "id of the task"),
+            ("split", STRING, "train, validation or a test"),
+            ("measure", STRING, "what value is: a number of the sentences, or bleu or exact of an answer"),
+            ("answer", STRING, "which answer that follows not all rules is scored; null: none is"),
+            ("value", NUMBER, "bleu from 0 to 100; exact and shares from 0 to 1; words and tokens a sentence"),
+            ("note", STRING, "sacreBLEU's signature of bleu; empty otherwise"),
+        ),
+    ),
     "moa_costs": Table(
         "tables/moa_costs.parquet",
         (),
