@@ -18,8 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--settings", required=True, help="file with arms, objectives and studies (yaml)")
     parser.add_argument("--study", required=True, help="id of the study in it")
-    parser.add_argument("--objective", required=True, help="causal, masked or translation")
+    parser.add_argument("--objective", required=True, help="id of the objective in it")
     parser.add_argument("--arm", required=True, help="id of the arm")
+    parser.add_argument("--data", type=Path, help="of a source data:FILE, the folder of its token ids")
     parser.add_argument("--device", default=devices.default(), help="cpu or cuda")
     parser.add_argument("--runs", required=True, help="table moa_runs to write (parquet)")
     parser.add_argument("--curves", required=True, help="table moa_curves to write (parquet)")
@@ -30,10 +31,10 @@ def main() -> None:
     job = settings.job(arguments.study, arguments.objective, arguments.arm)
     device = devices.claim_found(arguments.device)
 
-    from moe_atlas.moa.objectives import objective_of  # after --help and wrong names: it takes seconds
+    from moe_atlas.moa.registry import objective_of  # after --help and wrong names: it takes seconds
     from moe_atlas.moa.run import run_job
 
-    objective = objective_of(settings.tasks[job.objective])
+    objective = objective_of(settings.tasks[job.objective], arguments.data)
     found = run_job(settings, job, objective, arguments.checkpoint, device)
     for name, frame in found.items():
         tables.write(name, frame, getattr(arguments, name.removeprefix("moa_")))

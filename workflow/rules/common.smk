@@ -38,6 +38,7 @@ METHODS = {
     "emoe_mechanism": 2,
     "fetch_task": 1,
     "tune_emoe": 1,
+    "fetch_moa_data": 1,
     "train_moa": 1,
 }
 

@@ -9,6 +9,7 @@ rule train_moa:
     input:
         code=ancient("scripts/train_moa.py"),
         settings=ancient(CONFIG["moa"]),
+        data=moa_prepared_data,
     output:
         runs=f"{MOA_RUN}/runs.parquet",
         curves=f"{MOA_RUN}/curves.parquet",
@@ -36,11 +37,12 @@ rule train_moa:
         method=METHODS["train_moa"],
         device=device,
         checkpoint=lambda wildcards, output: os.path.dirname(output.checkpoint),
+        data=lambda wildcards, input: [f"--data={os.path.dirname(path)}" for path in input.data],
     shell:
         """
         exec >{log:q} 2>&1
         python {input.code:q} --settings {input.settings:q} --study {wildcards.study:q} \
-            --objective {wildcards.objective:q} --arm {wildcards.arm:q} --device {params.device:q} \
+            --objective {wildcards.objective:q} --arm {wildcards.arm:q} {params.data:q} --device {params.device:q} \
             --runs {output.runs:q} --curves {output.curves:q} --throughput {output.throughput:q} \
             --checkpoint {params.checkpoint:q}
         """

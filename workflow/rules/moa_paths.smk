@@ -9,6 +9,7 @@ except AtlasError as error:
 
 MOA_RUN = "results/moa/runs/{study}/{objective}/{arm}"
 MOA_CHECKPOINT = "results/moa/checkpoints/{study}/{objective}/{arm}/seed-0"
+MOA_DATA = "results/moa/data/{data}"
 # Tables that are put together from all runs.
 MOA_COMPARED = ["moa_runs", "moa_curves", "moa_throughput", "moa_differences"]
 MOA_TABLES = [name for name, declared in MOA.items() if declared.path == f"tables/{name}.parquet"]
@@ -30,3 +31,15 @@ def moa_run_files(name):
 def moa_kept_checkpoints():
     """The file that is written last of each trained model that is looked into."""
     return [f"{MOA_CHECKPOINT}/done.json".format(**vars(job)) for job in MOA_SETTINGS.kept()]
+
+
+def moa_data_files():
+    """The files that name data sets, by their names without folder and suffix, which name the folders of token ids."""
+    files = [task.data_file for task in MOA_SETTINGS.tasks.values() if task.data_file]
+    return {os.path.splitext(os.path.basename(file))[0]: file for file in files}
+
+
+def moa_prepared_data(wildcards):
+    """The file that is written last of the token ids that a job reads; none where its texts come with CPython."""
+    file = MOA_SETTINGS.tasks[wildcards.objective].data_file
+    return [f"{MOA_DATA}/done.json".format(data=name) for name, other in moa_data_files().items() if other == file]

@@ -67,6 +67,7 @@ class Translation:
         self._frequencies = self._count()
         self._validation = list(self._in_order(self.pairs["validation"], self.validated))
         self.unlearned = frequency_loss(self._frequencies, self._validation)
+        self.looked = sum(map(asked, self._validation))
 
     def batches(self, seed: int) -> Iterator[Batch]:
         """Training batches without end, of pairs of about one length; all come once before any comes again."""

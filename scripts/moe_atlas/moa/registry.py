@@ -56,7 +56,7 @@ def _demo(made: Callable[[Task], Objective]) -> Callable[[Task, Path | None], Ob
     return lambda task, _folder: made(task)
 
 
-# By objective and scheme of the source.
+# By kind and scheme of the source.
 OBJECTIVES: dict[tuple[str, str], Callable[[Task, Path | None], Objective]] = {
     ("causal", "demo"): _demo(lambda task: Causal(task, demo_texts(task))),
     ("masked", "demo"): _demo(lambda task: Masked(task, demo_texts(task))),
@@ -73,11 +73,11 @@ def objective_of(task: Task, folder: Path | None = None) -> Objective:
     AtlasError for a source that it cannot be made from.
     """
     scheme, _, _ = task.source.partition(":")
-    if (task.objective, scheme) not in OBJECTIVES:
-        known = ", ".join(f"{source}:" for name, source in OBJECTIVES if name == task.objective)
+    if (task.kind, scheme) not in OBJECTIVES:
+        known = ", ".join(f"{source}:" for name, source in OBJECTIVES if name == task.kind)
         raise AtlasError(
             f"objectives, {task.objective}, source: {task.source} is of no known kind; write one of {known or 'none'}."
         )
     if scheme == "data" and folder is None:
         raise AtlasError(f"objectives, {task.objective}, source: {task.source} needs the folder of its prepared data.")
-    return OBJECTIVES[task.objective, scheme](task, folder)
+    return OBJECTIVES[task.kind, scheme](task, folder)

@@ -1,6 +1,8 @@
 """All runs of a job: one arm with every seed, at the learning rate that is best on the validation set."""
 
+import hashlib
 import math
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from moe_atlas.files import sha256, write_json
 from moe_atlas.log import say
 from moe_atlas.moa.objectives import Objective, Score
 from moe_atlas.moa.settings import Arm, Job, Settings, Task
+from moe_atlas.moa.state import StateFile
 from moe_atlas.moa.train import Trained, train
 from moe_atlas.training.loop import make_deterministic
 from moe_atlas.training.save import save_checkpoint
@@ -47,7 +50,7 @@ def configuration(settings: Settings, objective: Objective, task: Task, name: st
         )
         return found
     values = settings.model | task.model | _attention(arm) | objective.special
-    values |= {"objective": task.objective, "vocab_size": objective.tokenizer.get_vocab_size()}
+    values |= {"objective": task.kind, "vocab_size": objective.tokenizer.get_vocab_size()}
     try:
         return MoAConfig(**values)
     except (TypeError, ValueError) as error:
@@ -84,11 +87,12 @@ def run_job(
     Tests are scored at the chosen rate alone. checkpoint/done.json is written last and says which run it is.
     """
     task = settings.tasks[job.objective]
-    config = configuration(settings, objective, task, job.arm)
+    config, states = configuration(settings, objective, task, job.arm), checkpoint.with_name("states")
 
     def fit(rate: float, seed: int) -> tuple[Run, PreTrainedModel]:
         model = build(config, seed)
-        found = train(model, objective, rate, task.schedule, seed, device)
+        state = _state(states, task, config, rate, seed) if task.schedule.keep_state else None
+        found = train(model, objective, rate, task.schedule, seed, device, state)
         end = "plateau" if found.plateau else "largest number of steps"
         say(f"{job.arm}, seed {seed}, rate {rate:g}: {found.validation:.4f} nats, {found.steps} steps, {end}")
         return Run(seed, rate, found), model
@@ -104,7 +108,16 @@ def run_job(
         runs.append(replace(run, scores=_scores(objective, model, device, task)))
         if seed == 0:
             _keep(job, run, model, objective, checkpoint)
-    return _tables(job, settings.arms[job.arm], objective, config, runs)
+    made = _tables(job, settings.arms[job.arm], objective, config, runs)
+    shutil.rmtree(states, ignore_errors=True)
+    return made
+
+
+def _state(folder: Path, task: Task, config: MoAConfig, rate: float, seed: int) -> StateFile:
+    """The state of one run, bound to all that it was told."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = repr((task, sorted(config.to_dict().items(), key=str), rate, seed))
+    return StateFile(folder / f"rate-{rate:g}-seed-{seed}.pt", hashlib.sha256(told.encode()).hexdigest())
 
 
 def chosen_rate(losses: dict[float, list[float]]) -> float:

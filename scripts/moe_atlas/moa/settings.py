@@ -10,6 +10,8 @@ import yaml
 from moe_atlas.errors import AtlasError
 from moe_atlas.sheets import schema
 
+KINDS = ("causal", "masked", "translation")
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -18,6 +20,7 @@ class Schedule:
     warmup, evaluate, least, most: steps; window: looks at the validation set; gain, decay: shares; margin: nats a
     token; accumulate: batches of a step; clip: largest norm of a gradient, 0 for any. shape inverse-sqrt is the
     published schedule: no plateau is looked for, and the rate falls with the square root of the step until `most`.
+    average: looks whose weights' mean is kept; keep_state: a run that was killed goes on from its last look.
     """
 
     warmup: int
@@ -36,6 +39,8 @@ class Schedule:
     shape: str = "plateau"
     warmup_rate: float = 0.0
     precision: str = "float32"
+    average: int = 1
+    keep_state: bool = False
 
     @property
     def latest(self) -> int:
@@ -63,7 +68,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Task:
-    """One objective with its texts. model: what its models have other than those of the other objectives.
+    """One objective with its texts. kind: which of KINDS it is, by default its name. model: what its models have other
+    than those of the other objectives.
 
     rates: learning rates to choose from. Where there are several, each arm takes the one with the smallest mean
     validation loss over the first `selection_seeds` seeds.
@@ -81,6 +87,13 @@ class Task:
     schedule: Schedule
     model: dict[str, Any]
     data: dict[str, Any]
+    kind: str
+
+    @property
+    def data_file(self) -> str:
+        """The file that names the data sets; empty where the texts come with CPython."""
+        scheme, _, locator = self.source.partition(":")
+        return locator if scheme == "data" else ""
 
 
 @dataclass(frozen=True)
@@ -184,7 +197,11 @@ def _check_arm(path: str | Path, arm: Arm, arms: dict[str, Arm]) -> None:
 
 
 def _task(path: str | Path, name: str, content: dict[str, Any], values: dict[str, Any]) -> Task:
-    merged = content["defaults"] | values
+    merged = {"kind": name} | content["defaults"] | values
+    if merged["kind"] not in KINDS:
+        raise AtlasError(f"{path}, objectives, {name}, kind: it is one of {', '.join(KINDS)}; write which this is.")
+    if merged.get("source", "").startswith("data:"):  # its file says the size of the tokenizer
+        merged = {"tokenizer": 0} | merged
     schedule = content["training"] | merged.pop("training", {})
     known = {field.name for field in fields(Task)} - {"objective", "schedule", "model", "data"}
     missing = [key for key in sorted(known) if key not in merged]

@@ -1,7 +1,9 @@
 """Training of one model up to its plateau."""
 
 import time
+from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from moe_atlas.log import Progress
 from moe_atlas.moa.objectives import Batch, Objective, mean_loss
 from moe_atlas.moa.plateau import End
 from moe_atlas.moa.settings import Schedule
+from moe_atlas.moa.state import Numbers, StateFile, load_mean, weights_of
 
 
 @dataclass(frozen=True)
@@ -47,41 +50,61 @@ def optimizer_of(model: nn.Module, rate: float, schedule: Schedule) -> torch.opt
 
 
 def train(
-    model: nn.Module, objective: Objective, rate: float, schedule: Schedule, seed: int, device: str = "cpu"
+    model: nn.Module,
+    objective: Objective,
+    rate: float,
+    schedule: Schedule,
+    seed: int,
+    device: str = "cpu",
+    state: StateFile | None = None,
 ) -> Trained:
-    """Train in place until the plateau and the decay behind it, or `most` steps; the last weights are kept.
+    """Train in place until the plateau and the decay behind it, or `most` steps; the last weights are kept, or the mean
+    of those at the last `average` looks.
 
-    The batches depend on the seed alone, so that arms with the same seed read the same texts in the same order.
+    The batches depend on the seed alone, so that arms with the same seed read the same texts in the same order. With a
+    state file a run that was killed goes on from its last look, and ends as if it had not been.
     """
     model.to(device).train()
     optimizer, end = optimizer_of(model, rate, schedule), End(schedule, objective.unlearned)
-    batches, progress = objective.batches(seed), Progress(schedule.most, "step", interval=10)
-    step = tokens = 0
-    seconds, since, curve = 0.0, [], []
-    while step != end.last:
+    numbers, kept = Numbers(), deque(maxlen=schedule.average)
+    if state:
+        state.load(model, optimizer, end, numbers, kept)
+    batches = islice(objective.batches(seed), numbers.step * schedule.accumulate, None)
+    progress, since = Progress(schedule.most, "step", interval=10), []
+    progress.skip(numbers.step)
+    while numbers.step != end.last:
         started = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = rate * end.factor(step)
+            group["lr"] = rate * end.factor(numbers.step)
         for _ in range(schedule.accumulate):
             batch = next(batches)
             loss, task = loss_of(model, batch, device, schedule)
             (loss / schedule.accumulate).backward()
             since.append(task.item())
-            tokens += objective.tokens(batch)
+            numbers.tokens += objective.tokens(batch)
         if schedule.clip:
             nn.utils.clip_grad_norm_(
                 (part for group in optimizer.param_groups for part in group["params"]), schedule.clip
             )
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        seconds += time.perf_counter() - started
+        numbers.step += 1
+        numbers.seconds += time.perf_counter() - started
         progress.step(f"loss {since[-1]:.3f}")
-        if step % schedule.evaluate and step != end.last:
+        if numbers.step % schedule.evaluate and numbers.step != end.last:
             continue
-        validation, _ = mean_loss(model, objective.validation(), device, schedule.precision)
-        curve += [(step, "train", sum(since) / len(since)), (step, "validation", validation)]
+        if schedule.average > 1:
+            kept.append(weights_of(model))
+            if numbers.step == end.last:
+                load_mean(model, kept)
+        numbers.validation, _ = mean_loss(model, objective.validation(), device, schedule.precision)
+        numbers.curve += [
+            (numbers.step, "train", sum(since) / len(since)),
+            (numbers.step, "validation", numbers.validation),
+        ]
         since = []
-        end.look(step, validation)
+        end.look(numbers.step, numbers.validation)
+        if state:
+            state.save(model, optimizer, end, numbers, kept)
     model.eval()
-    return Trained(validation, step, tokens, end.plateau, seconds, curve)
+    return Trained(numbers.validation, numbers.step, numbers.tokens, end.plateau, numbers.seconds, numbers.curve)
