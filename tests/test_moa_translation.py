@@ -38,7 +38,7 @@ def setting(**changes) -> Task:
     """An objective of the settings, small."""
     values = {"tokenizer": 120, "length": 8, "batch": 16, "validation": 40, "data": {"most": 60}} | changes
     return Task("translation", "demo:translation", seeds=1, selection_seeds=1, rates=(0.01,),
-                schedule=SCHEDULE, model={}, **values)  # fmt: skip
+                schedule=SCHEDULE, model={}, kind="translation", **values)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from moe_atlas.moa.settings import Task
-from moe_atlas.moa.texts import MASK, Texts
+from moe_atlas.moa.texts import Texts
 from moe_atlas.training.data import Batches
-from moe_atlas.training.tokenizer import BOS_ID, EOS_ID, UNK_ID
+from moe_atlas.training.tokenizer import BOS_ID, EOS_ID, MASK, UNK_ID
 
 Batch = dict[str, torch.Tensor]
 NOT_ASKED = -100  # label of a position whose token is not asked for

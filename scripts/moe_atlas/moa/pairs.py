@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 from moe_atlas.moa.decoding import translate
 from moe_atlas.moa.objectives import NOT_ASKED, Batch, Score, asked, frequency_loss, mean_loss
 from moe_atlas.moa.ragged import Ragged, batches_by_length
-from moe_atlas.training.tokenizer import BOS, EOS
+from moe_atlas.training.tokenizer import BOS, EOS, PAD
 
-PAD = "<pad>"
 _SPECIAL = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 
 

@@ -30,11 +30,8 @@ from tokenizers import Tokenizer
 from moe_atlas.errors import AtlasError, first_line
 from moe_atlas.files import atomic_path, write_json
 from moe_atlas.log import Progress, say
-from moe_atlas.moa.pairs import PAD
-from moe_atlas.moa.prepared import DONE
-from moe_atlas.moa.ragged import write_ragged
-from moe_atlas.moa.texts import MASK
-from moe_atlas.training.tokenizer import EOS_ID, train_tokenizer
+from moe_atlas.moa.ragged import DONE, write_ragged
+from moe_atlas.training.tokenizer import EOS_ID, MASK, PAD, train_tokenizer
 from moe_atlas.tuning.datasets import open_set
 
 _TOGETHER = 10_000  # rows that are encoded together

@@ -13,13 +13,12 @@ from moe_atlas.errors import AtlasError
 from moe_atlas.files import read_json
 from moe_atlas.moa.objectives import Batch, Causal, Language, Masked
 from moe_atlas.moa.pairs import Pairs, Search, Translation
-from moe_atlas.moa.ragged import Ragged
+from moe_atlas.moa.ragged import DONE, Ragged
 from moe_atlas.moa.settings import Task
 from moe_atlas.moa.texts import Texts
 from moe_atlas.moa.translation import exact
 from moe_atlas.training.tokenizer import BOS_ID
 
-DONE = "done.json"  # written last: while it is there, the rest is whole
 _BLOCK = 1 << 24  # tokens that are counted together
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+DONE = "done.json"  # beside sequences in files, written last: while it is there, they are whole
+
 
 @dataclass(frozen=True)
 class Ragged:

@@ -8,11 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from moe_atlas.errors import AtlasError
 from moe_atlas.moa import prepared, translation
 from moe_atlas.moa.objectives import Causal, Masked, Objective
-from moe_atlas.moa.pairs import PAD, Pairs, Search, Translation
+from moe_atlas.moa.pairs import Pairs, Search, Translation
 from moe_atlas.moa.ragged import Ragged
 from moe_atlas.moa.settings import Task
 from moe_atlas.moa.texts import demo_texts
-from moe_atlas.training.tokenizer import BOS, EOS, UNK
+from moe_atlas.training.tokenizer import BOS, EOS, PAD, UNK
 
 
 def demo_translation(task: Task) -> Translation:

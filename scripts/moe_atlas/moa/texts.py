@@ -10,9 +10,8 @@ from moe_atlas.corpora import demo_documents
 from moe_atlas.errors import AtlasError
 from moe_atlas.moa.settings import Task
 from moe_atlas.training.data import encode, pack, unigram
-from moe_atlas.training.tokenizer import demo_tokenizer
+from moe_atlas.training.tokenizer import MASK, demo_tokenizer
 
-MASK = "<mask>"
 _VALIDATION_EVERY = 8  # of the training documents, every eighth is kept for the looks at the validation set
 _DOMAINS = ("prose", "code")
 

@@ -10,6 +10,7 @@ from moe_atlas.files import write_json
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+PAD, MASK = "<pad>", "<mask>"  # behind all others, in tokenizers of models that need them
 
 
 def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
