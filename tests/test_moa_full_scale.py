@@ -22,13 +22,14 @@ from moe_atlas.errors import AtlasError
 from moe_atlas.files import read_json
 from moe_atlas.moa.plateau import End
 from moe_atlas.moa.prepare import prepare
-from moe_atlas.moa.prepared import scores
+from moe_atlas.moa.prepared import measures, scores
 from moe_atlas.moa.ragged import Ragged
 from moe_atlas.moa.registry import objective_of
 from moe_atlas.moa.run import configuration, run_job
 from moe_atlas.moa.settings import Job, load_settings
 
 RUNS = "results/moa/runs/english_german/en-de/moa-16k32e256d/runs.parquet"
+TASKS = "results/tables/moa_tasks.parquet"
 SETTINGS = {name: ROOT / f"config/{name}.yaml" for name in ("moa_wmt", "moa_wikitext")}
 
 
@@ -44,13 +45,14 @@ def atlas(tmp_path_factory):
         moa_data.at_commit(folder / "config/moa/wmt14-en-de.yaml", commit, tokenizer=600)
         content = moa_data.cut_down(
             folder / "config/moa_wmt.yaml",
+            objectives={"en-de": {"source": "data:config/moa/wmt14-en-de.yaml"}},
             studies={"english_german": {"objective": "en-de", "arms": ["moa-16k32e256d"], "contrasts": []}},
         )
         content["defaults"] |= {"batch_tokens": 512, "validation": 20}
         (folder / "config/moa_wmt.yaml").write_text(yaml.safe_dump(content))
         command = [sys.executable, "-m", "snakemake", "--cores", "1", "--config", "moa=config/moa_wmt.yaml"]
         done = subprocess.run(
-            [*command, "--", RUNS],
+            [*command, "--", RUNS, TASKS],
             cwd=folder, env=hub.environment(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         logs = "\n".join(path.read_text() for path in (folder / "results/logs").rglob("*.log"))
@@ -78,6 +80,8 @@ def test_chance_is_the_score_of_the_source(atlas):
     copied = scores([source for source, _ in test], [target for _, target in test])
     chances = dict(runs.select("metric", "chance").iter_rows())
     assert chances["bleu"] == pytest.approx(copied["bleu"]) and chances["exact"] == copied["exact"]
+    described = tables.read("moa_tasks", atlas / TASKS).filter(split="test", answer="copy")
+    assert dict(described.select("measure", "value").iter_rows()) == chances
 
 
 def test_the_loss_falls_by_the_published_schedule(atlas):
@@ -156,6 +160,19 @@ def test_batches_of_a_stream_read_all_of_it_once(text):
     assert sorted(found) == sorted(tuple(stream[start : start + width]) for start in starts)
     again = next(objective.batches(3))["input_ids"]
     assert torch.equal(again, next(objective.batches(3))["input_ids"])
+
+
+def test_prepared_data_are_measured(text, tmp_path):
+    settings, folder = text
+    found = measures(settings.tasks["masked"], folder / "ids")
+    stream = Ragged.load(folder / "ids", "test.text")
+    values = dict(found.filter(split="test").select("measure", "value").iter_rows())
+    assert values == {"texts": len(stream), "text tokens": len(stream.ids) / len(stream)}
+    prepare(pair_file(tmp_path, ROWS), tmp_path / "ids/done.json")
+    found = measures(load_settings(SETTINGS["moa_wmt"]).tasks["en-de"], tmp_path / "ids").filter(split="test")
+    assert found.filter(measure="sentences")["value"].item() == 3 and set(found["task"]) == {"en-de"}
+    assert found.filter(answer="copy").select("measure", "value").rows() == [("bleu", 0.0), ("exact", 0.0)]
+    assert "tok:13a" in found.filter(measure="bleu")["note"].item()
 
 
 # What is refused, and what is left out

@@ -5,10 +5,11 @@
 # Cost      seconds for the demo; of data sets their download and hours of tokenizing, and only fetch_moa_data asks the
 #           network; no GPU
 rule describe_moa_tasks:
-    """Say how hard the translation of the demo prose is."""
+    """Say how large and how hard the tasks are."""
     input:
         code=code("scripts/describe_moa_tasks.py"),
         settings=CONFIG["moa"],
+        data=[f"{MOA_DATA}/done.json".format(data=name) for name in moa_data_files()],
     output:
         parquet="results/tables/moa_tasks.parquet",
         csv="results/tables/moa_tasks.csv",
@@ -23,10 +24,13 @@ rule describe_moa_tasks:
     resources:
         mem_mb=2000,
         runtime=30,
+    params:
+        data=lambda wildcards, input: [os.path.dirname(path) for path in input.data],
     shell:
         """
         exec >{log:q} 2>&1
-        python {input.code[0]:q} --settings {input.settings:q} --parquet {output.parquet:q} --csv {output.csv:q}
+        python {input.code[0]:q} --settings {input.settings:q} --data {params.data:q} \
+            --parquet {output.parquet:q} --csv {output.csv:q}
         """
 
 

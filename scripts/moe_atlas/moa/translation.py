@@ -209,6 +209,11 @@ def measures(task: TranslationTask, name: str) -> pl.DataFrame:
         for answer in ANSWERS:
             for metric, value in scores(task.answers(answer, split), task.references(split)).items():
                 rows.append((split, metric, answer, value, signature() if metric == "bleu" else ""))
-    schema = [name for name in tables.declared("moa_tasks").schema if name != "task"]
-    frame = pl.DataFrame(rows, schema=schema, orient="row").with_columns(task=pl.lit(name))
+    return measured(name, rows)
+
+
+def measured(task: str, rows: list[tuple]) -> pl.DataFrame:
+    """The table moa_tasks of rows (split, measure, answer, value, note)."""
+    schema = {name: dtype for name, dtype in tables.declared("moa_tasks").schema.items() if name != "task"}
+    frame = pl.DataFrame(rows, schema=schema, orient="row", strict=False).with_columns(task=pl.lit(task))
     return tables.conform("moa_tasks", frame)

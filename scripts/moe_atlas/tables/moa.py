@@ -90,7 +90,7 @@ MOA: dict[str, Table] = {
         "tables/moa_tasks.parquet",
         (),
         (
-            ("task", STRING, "id of the task"),
+            ("task", STRING, "id of the objective in the settings"),
             ("split", STRING, "train, validation or a test"),
             ("measure", STRING, "what value is: a number of the sentences, or bleu or exact of an answer"),
             ("answer", STRING, "which answer that follows not all rules is scored; null: none is"),
