@@ -81,7 +81,7 @@ def test_chance_is_the_score_of_the_source(atlas):
     chances = dict(runs.select("metric", "chance").iter_rows())
     assert chances["bleu"] == pytest.approx(copied["bleu"]) and chances["exact"] == copied["exact"]
     described = tables.read("moa_tasks", atlas / TASKS).filter(split="test", answer="copy")
-    assert dict(described.select("measure", "value").iter_rows()) == chances
+    assert dict(described.select("measure", "value").iter_rows()) == {name: chances[name] for name in ("bleu", "exact")}
 
 
 def test_the_loss_falls_by_the_published_schedule(atlas):
