@@ -9,6 +9,7 @@ from test_emoe_tuning import frame
 from transformers import BertConfig, BertForMaskedLM
 
 from moe_atlas.checkpoints import Checkpoint
+from moe_atlas.layer_weights import Stack
 from moe_atlas.probe import extract
 from moe_atlas.training.save import save_checkpoint
 from moe_atlas.training.tokenizer import train_tokenizer
@@ -81,3 +82,15 @@ def test_an_arm_is_tuned_and_repeats(arm, tmp_path):
     for one, other in zip(first, second, strict=True):
         assert_frame_equal(one, other)
     assert first[0].filter(pl.col("test") == "shifted")["value"].is_finite().all()
+
+
+def test_experts_on_their_way_to_a_gpu_lie_in_locked_pages():
+    """Until the memory is let go: then CUDA must forget it, or a later use of the same addresses would fail."""
+    for _ in range(3):
+        stack = Stack(torch.Size((4, 1024, 1024)), torch.float32, locked=True)
+        stack.tensor.fill_(1.0)
+        assert stack.tensor.is_pinned() and not Stack(torch.Size((4, 8)), torch.float32).tensor.is_pinned()
+        assert stack.tensor.to("cuda").sum().item() == stack.tensor.numel()
+        place = stack.tensor
+        del stack
+        assert not place.is_pinned() and place.sum().item() == place.numel()
