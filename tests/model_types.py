@@ -37,9 +37,10 @@ class ModelType:
     """One row. config: values over COMMON; None takes the class's default.
 
     experts, top_k, width, shared: what the description of the checkpoint must say (N, k, m, shared; 0 experts: dense).
-    layers: those with FFN experts. router: path, from the module that holds the experts, to the module with the
-    router's weight. fused: how the files hold the experts where not one tensor an expert and matrix:
-    "rows" (N, 2m, d), "columns" (N, d, 2m), "interleaved" (N, d, 2m), "stacked" (N m, d).
+    layers: those with FFN experts; where there are none, N and k are the attention experts'. router: path, from the
+    module that holds the experts, to the module with the router's weight. fused: how the files hold the experts where
+    not one tensor an expert and matrix: "rows" (N, 2m, d), "columns" (N, d, 2m), "interleaved" (N, d, 2m), "stacked"
+    (N m, d).
     """
 
     config: dict = field(default_factory=dict)
@@ -240,6 +241,7 @@ TYPES = {
         shared=1,
         fused="rows",
     ),
+    "moa": ModelType(EIGHT | {"attention_bias": True}, width=40, layers=(), router="router"),
     "nemotron_h": ModelType(
         ROUTED
         | GROUPS

@@ -1,4 +1,4 @@
-"""What a fully loaded model does at its experts: hooks on transformers' own modules, and nothing of ours."""
+"""What a fully loaded model does at its experts: hooks on the model's own modules, and nothing of the probe."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeAttention, JetMoeMoE
 from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+from moe_atlas.architectures.moa import MoAAttention
 
 
 @dataclass
@@ -82,6 +84,18 @@ def _jetmoe(own: Own, block: nn.Module, gating: nn.Module, bias: torch.Tensor) -
     own.handles += [gating.register_forward_hook(gated), block.register_forward_hook(after)]
 
 
+def _moa(own: Own, experts: int) -> None:
+    """The block says which experts it chose with which weights; what it returns is their mixture."""
+
+    def after(_module, arguments, output):
+        own.inputs, own.mixture = flat(arguments[0]), flat(output.output)
+        ids, weights = flat(output.routing.ids), flat(output.routing.weights)
+        tokens = torch.arange(len(ids))[:, None].expand_as(ids)
+        own.choose(tokens.flatten(), ids.flatten(), weights.flatten(), (len(ids), experts))
+
+    own.handles.append(own.experts.register_forward_hook(after))
+
+
 def _watch(layer: nn.Module, experts: int, router: str) -> dict[str, Own]:
     """The sets of experts of one decoder layer, by the names of their sites."""
     found = {}
@@ -93,6 +107,9 @@ def _watch(layer: nn.Module, experts: int, router: str) -> dict[str, Own]:
         elif isinstance(module, JetMoeAttention):
             found["attention"] = Own(module.experts, module.experts.get_submodule(router))
             _jetmoe(found["attention"], module, module.experts.router, module.experts.bias)
+        elif isinstance(module, MoAAttention):
+            found["attention"] = Own(module, module.get_submodule(router))
+            _moa(found["attention"], experts)
         elif isinstance(module, Llama4TextMoe):
             found["ffn"] = Own(module.experts, module.get_submodule(router))
             _llama4(found["ffn"], experts)

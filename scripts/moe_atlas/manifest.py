@@ -37,8 +37,11 @@ def shape_of(model: str, directory: str | os.PathLike, dense_allowed: bool) -> d
     layers = decoder_layers(network)
     sites = {index: find_sites(layer) for index, layer in enumerate(layers)}
     ffn_sites = {index: site for index in sites for site in sites[index] if site.name == "ffn"}
-    if ffn_sites:
-        _check_count(path, config, min(site.num_experts for site in ffn_sites.values()))
+    attention_sites = [site for found in sites.values() for site in found if site.name == "attention"]
+    # Where only attention has experts, they are the ones that are counted.
+    counted = list(ffn_sites.values()) or attention_sites
+    if counted:
+        _check_count(path, config, min(site.num_experts for site in counted))
     elif not dense_allowed:
         raise AtlasError(
             f"{path}: the {config.model_type} model {model} has no experts; "
@@ -48,14 +51,14 @@ def shape_of(model: str, directory: str | os.PathLike, dense_allowed: bool) -> d
         "model_type": config.model_type,
         "architecture": type(network).__name__,
         "L": len(layers),
-        "N": max((site.num_experts for site in ffn_sites.values()), default=0),
-        "k": _first(config, _TOP_K) if ffn_sites else 0,
+        "N": max((site.num_experts for site in counted), default=0),
+        "k": _first(config, _TOP_K) if counted else 0,
         "d": config.get_text_config().hidden_size,
         "m": _width(layers, ffn_sites),
         "shared": _shared(config, ffn_sites),
         "dense_layers": [index for index in sites if index not in ffn_sites],
         "moe_layers": list(ffn_sites),
-        "attention_experts": any(site.name == "attention" for found in sites.values() for site in found),
+        "attention_experts": bool(attention_sites),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
     }
 

@@ -5,11 +5,11 @@ Importing this package imports neither torch nor transformers.
 
 
 def register() -> None:
-    """Make the Auto classes know "deepseek" (DeepSeekMoE v1), "grok-1" and "grok" (two ports of one), and "emoe".
+    """Make the Auto classes know "deepseek" (DeepSeekMoE v1), "grok-1" and "grok" (two ports of one), "emoe", "moa".
 
     Calling it twice changes nothing.
     """
-    from moe_atlas.architectures import deepseek, emoe, grok, grok_keyfan
+    from moe_atlas.architectures import deepseek, emoe, grok, grok_keyfan, moa_models
 
-    for family in (deepseek, emoe, grok, grok_keyfan):
+    for family in (deepseek, emoe, grok, grok_keyfan, moa_models):
         family.register()

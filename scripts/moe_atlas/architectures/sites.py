@@ -224,9 +224,9 @@ def find_sites(layer: nn.Module) -> list[ExpertSite]:
 
     Raises AtlasError for a layer whose experts are in a layout that is not known.
     """
-    from moe_atlas.architectures import dbrx, interface, jetmoe, llama4  # they build on ExpertSite
+    from moe_atlas.architectures import dbrx, interface, jetmoe, llama4, moa_site  # they build on ExpertSite
 
-    sites = [site for family in (jetmoe, interface, llama4, dbrx) for site in family.find_sites(layer)]
+    sites = [site for family in (jetmoe, interface, llama4, dbrx, moa_site) for site in family.find_sites(layer)]
     if not sites:
         _refuse_unknown_experts(layer)
     return sites

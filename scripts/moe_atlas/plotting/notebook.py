@@ -58,8 +58,13 @@ def show_overview(drawn: Experiment) -> None:
 
 
 def show_layer(drawn: Experiment, layer: int | str | None = None, which: str = "auto") -> None:
-    """The figure of one layer with its caption, by default of the last one with experts; nothing if there is none."""
-    pages_ = [page for page in drawn.pages if page.site == "ffn" and (page.layer != "all" or layer == "all")]
+    """The figure of one layer with its caption, by default of the last one with experts; nothing if there is none.
+
+    Of a model with FFN experts they are shown, of one with attention experts alone those.
+    """
+    sites = {page.site for page in drawn.pages}
+    site = "ffn" if "ffn" in sites or not sites else min(sites)
+    pages_ = [page for page in drawn.pages if page.site == site and (page.layer != "all" or layer == "all")]
     pages_ = [page for page in pages_ if layer is None or page.layer == layer]
     if not pages_:
         return
