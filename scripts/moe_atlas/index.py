@@ -26,11 +26,11 @@ def models_section(models: list[str], results: Path) -> str:
             continue
         checkpoint = read_json(path)
         experts = [checkpoint[key] if checkpoint["N"] else "–" for key in ("N", "k", "shared")]
-        width = checkpoint["m"] if checkpoint["N"] else "–"
+        width = checkpoint["m"] if checkpoint["moe_layers"] else "–"
         layers = str(checkpoint["L"])
-        if checkpoint["N"] and len(checkpoint["moe_layers"]) < checkpoint["L"]:
+        if 0 < len(checkpoint["moe_layers"]) < checkpoint["L"]:
             layers += f" ({len(checkpoint['moe_layers'])} with experts)"
-        sites = " and in attention" if checkpoint["attention_experts"] else ""
+        sites = f"{' and' * bool(checkpoint['moe_layers'])} in attention" if checkpoint["attention_experts"] else ""
         training = Path(checkpoint["directory"]) / "training.json"
         trained = read_json(training) if training.is_file() else {}
         perplexity = [trained.get(key, {}).get("overall") for key in ("perplexity", "unigram_perplexity")]

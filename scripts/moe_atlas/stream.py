@@ -120,7 +120,8 @@ class LayerStream:
         self._current, self._last = -1, False
         self._whole = whole or self.device.type != "cpu"
         self.held = Held.LAYERS if budget.memory is None else budget.holds(self.sizes(), str(checkpoint.directory))
-        self._reader = LayerReader(checkpoint, self._names, self._fused, self.held is Held.EXPERTS)
+        by_two, on_gpu = self.held is Held.EXPERTS, self.device.type == "cuda"
+        self._reader = LayerReader(checkpoint, self._names, self._fused, by_two, on_gpu)
         self._reading: Reading | None = None
         self._ahead: tuple[int, Reading] | None = None
         self._batches: list[_Batch] = []

@@ -1,5 +1,6 @@
 """What the notebooks call: the tables of one model, figures as png, small tables as HTML."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
@@ -8,7 +9,7 @@ from matplotlib.figure import Figure
 
 from moe_atlas import pages, tables
 from moe_atlas.files import read_json
-from moe_atlas.plotting.base import Experiment
+from moe_atlas.plotting.base import Experiment, Page
 from moe_atlas.plotting.model import experiment, read_tables
 from moe_atlas.plotting.registry import EXPERIMENTS, split
 from moe_atlas.plotting.style import png
@@ -27,6 +28,25 @@ class Model:
     @property
     def has_experts(self) -> bool:
         return self.checkpoint["N"] > 0
+
+    @property
+    def has_ffn_experts(self) -> bool:
+        return bool(self.checkpoint["moe_layers"])
+
+    def summary(self, of_weights: bool) -> str:
+        """A sentence on the model's shape; `of_weights`: for a page of what is known of the FFN experts' weights."""
+        shape = self.checkpoint
+        start = f"**{self.model}**: {shape['architecture']}, {shape['L']} layers, "
+        if self.has_ffn_experts:
+            return (
+                f"{start}{len(shape['moe_layers'])} of them with experts; {shape['N']} experts, {shape['k']} a token, "
+                f"{shape['shared']} shared; hidden width {shape['d']}, expert width {shape['m']}."
+            )
+        if self.has_experts:
+            experts = f"{shape['N']}, {shape['k']} a token; hidden width {shape['d']}."
+            nothing = " The sections below are about FFN experts, so they have nothing to show." if of_weights else ""
+            return f"{start}with experts in attention alone: {experts}{nothing}"
+        return f"{start}none of them with experts: this is a dense model, so the sections below have nothing to show."
 
     def corpora(self) -> dict[str, str]:
         """Corpora this model has tables of, id -> short or long."""
@@ -57,18 +77,22 @@ def show_overview(drawn: Experiment) -> None:
     show(drawn.overview())
 
 
-def show_layer(drawn: Experiment, layer: int | str | None = None, which: str = "auto") -> None:
-    """The figure of one layer with its caption, by default of the last one with experts; nothing if there is none.
+def page_of(pages_: Sequence[Page], layer: int | str | None = None) -> Page | None:
+    """The page of a layer, by default of the last one with experts; None if there is none.
 
-    Of a model with FFN experts they are shown, of one with attention experts alone those.
+    FFN experts come first; attention experts are shown where a model has no others.
     """
-    sites = {page.site for page in drawn.pages}
+    sites = {page.site for page in pages_}
     site = "ffn" if "ffn" in sites or not sites else min(sites)
-    pages_ = [page for page in drawn.pages if page.site == site and (page.layer != "all" or layer == "all")]
-    pages_ = [page for page in pages_ if layer is None or page.layer == layer]
-    if not pages_:
+    found = [page for page in pages_ if page.site == site and (page.layer != "all" or layer == "all")]
+    return next((page for page in reversed(found) if layer is None or page.layer == layer), None)
+
+
+def show_layer(drawn: Experiment, layer: int | str | None = None, which: str = "auto") -> None:
+    """The figure of one layer with its caption, by default of the last one with experts; nothing if there is none."""
+    page = page_of(drawn.pages, layer)
+    if page is None:
         return
-    page = pages_[-1]
     drawing = drawn.draw(page)
     drawing.apply(drawn.ranges(page, which), which)
     show(drawing.figure)
