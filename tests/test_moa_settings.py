@@ -87,7 +87,9 @@ FAULTS = [
         "causal, training: no plateau can be seen before step",
     ),
     ({"objectives": {"causal": {"training": {"gain": 1}}}}, "causal, training, gain: 1 is greater than or equal"),
-    ({"objectives": {"speech": {}}}, "objectives: .*'speech' was unexpected"),
+    ({"objectives": {"speech": {}}}, "objectives, speech, kind: it is one of causal, masked, translation"),
+    ({"objectives": {"speech": {"kind": "spoken"}}}, "objectives, speech, kind: 'spoken' is not one of"),
+    ({"objectives": {"causal": {"source": "data:"}}}, "objectives, causal, source: 'data:' does not match"),
     ({"model": {"head_dim": 4}}, "model: 'head_dim' should not be valid"),
     ({"job_needs": {"gpus": 2, "mem_mb": 1, "runtime": 1}}, "job_needs, gpus: 2 is not one of"),
 ]
