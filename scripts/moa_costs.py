@@ -1,4 +1,4 @@
-"""Set parameters and multiply-accumulates that the MoA paper printed beside those of our formulas, as parquet and CSV."""
+"""Set parameters and multiply-accumulates that the MoA paper printed beside those of our formulas."""
 
 import argparse
 import os
