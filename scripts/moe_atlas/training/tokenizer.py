@@ -38,7 +38,7 @@ def train_tokenizer(texts: list[str], size: int, masks: bool = False) -> Tokeniz
 
 
 def demo_tokenizer(size: int, masks: bool = False) -> Tokenizer:
-    """The tokenizer that all demo models share, trained on prose-train and code-train; with `masks` that of encoders."""
+    """The tokenizer that all demo models share, or with `masks` all encoders, trained on prose-train and code-train."""
     texts = [text for name in ("prose-train", "code-train") for _, text in demo_texts(name)]
     return train_tokenizer(texts, size, masks)
 
