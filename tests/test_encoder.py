@@ -60,11 +60,7 @@ def test_an_encoder_is_a_recipe_but_none_that_an_atlas_has_rows_of():
     [
         (f"  {NAME}:", "  demo-olmoe:", "demo-olmoe: there is a recipe of this name too"),
         (f"masked: {RECIPE.masked}", "masked: 1.0", f"{NAME}: masked is a share"),
-        (
-            f"tokenizer_size: {RECIPE.tokenizer_size}    # with",
-            "tokenizer_size: 600 # with",
-            "vocab_size and tokenizer",
-        ),
+        (f"tokenizer_size: {RECIPE.tokenizer_size}", "tokenizer_size: 600", "vocab_size and tokenizer_size differ"),
     ],
 )
 def test_an_encoder_that_cannot_be_is_refused(tmp_path, old, new, message):
