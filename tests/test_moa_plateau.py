@@ -42,7 +42,7 @@ def test_a_plateau_is_a_small_gain_over_the_window():
 
 
 def test_a_run_ends_after_its_plateau():
-    """A fall from 5 nats to 3: the first look at which the mean of 30 steps gained under 1 %, and a quarter more."""
+    """Exponential fall of 5 nats to 3: the look at which the mean of 30 steps gained under 1 %, and a quarter."""
     end = ended(lambda step: 3 + 2 * math.exp(-step / 50))
     loss = {step: 3 + 2 * math.exp(-step / 50) for step in range(10, 1000, 10)}
     means = {step: (loss[step - 20] + loss[step - 10] + loss[step]) / 3 for step in loss if step >= 50}
