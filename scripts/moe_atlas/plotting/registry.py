@@ -88,6 +88,17 @@ EMOE_TUNING: dict[str, Experiment] = {
 }
 EMOE_FIGURES = EMOE_MECHANISM | EMOE_TUNING
 
+# Figures of attention experts, of one model of the sheet or one MoA model that was trained here.
+HEADS_FIGURES: dict[str, Experiment] = {
+    "load": Experiment("Load of attention experts", ("moa_load", "moa_routing"), ("long",)),
+    "association": Experiment("Token types and experts", ("moa_association",), ("long",)),
+    "circuits": Experiment("Similarity of circuits", ("moa_circuits",), ()),
+    "distance": Experiment("Distance of attention", ("moa_maps",), ("long",)),
+    "divergence": Experiment("Divergence of attention maps", ("moa_maps",), ("long",)),
+    "ablation": Experiment("Loss without an expert", ("moa_ablation",), ("long",)),
+    "sites": Experiment("Attention beside FFN experts", ("moa_sites",), ("long",)),
+}
+
 RANGES = ("auto", "full")
 FORMATS = ("png", "pdf")
 
