@@ -66,8 +66,8 @@ def _attention(arm: Arm) -> dict:
         "num_experts_per_tok": arm.k,
         "head_dim": arm.head_dim,
         "normalization": arm.normalization,
-        "balance_loss": arm.balance,
-        "z_loss": arm.z,
+        "balance_loss": float(arm.balance),
+        "z_loss": float(arm.z),
         "frozen_router": arm.router == "frozen",
     }
 
