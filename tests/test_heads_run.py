@@ -113,6 +113,30 @@ def test_texts_are_cut_into_windows_of_their_documents():
     assert len(thin) == 3 and of == [0, 3, 6]
 
 
+def test_every_window_begins_as_the_texts_do():
+    own = [[1, 5, 6, 7, 8, 9], [1, 4], [1]]
+    assert reading.begins_with(own, {0, 1, 2}) == 1
+    parts, documents = reading.cut(own, [0, 1, 2], 3, 1)
+    assert parts == [[1, 5, 6], [1, 7, 8], [1, 9], [1, 4]] and documents == [0, 0, 0, 1]
+    assert reading.cut(own, [0, 1, 2], None, 1) == ([[1, 5, 6, 7, 8, 9], [1, 4]], [0, 1])
+    assert reading.begins_with([[5, 1], [5, 2]], {1}) is None and reading.begins_with([[1], [0]], {0, 1}) is None
+    read = Material([[1, *range(3, 30)]], [0]).reading("causal", Names(), 1000, 8).index["text"]
+    assert read.token[read.position == 0].tolist() == [1, 1, 1, 1] and len(read) == 4 + 27
+
+
+def test_a_few_long_documents_are_read_in_many_short_windows(tmp_path):
+    """Whole, the first of them alone would be more than is asked for, and there would be no interval."""
+    heads_models.save_jetmoe(tmp_path, max_position_embeddings=512)
+    host = open_host(tmp_path, "float32")
+    long = Material([[1, *[3 + i % 30 for i in range(4999)]] for _ in range(8)], list(range(8)))
+    analysis = Analysis(host, "toy", Names(), Settings())
+    for most, longest in ((4096, 256), (16384, 512), (1024, 128)):
+        index = analysis._reading(long, most).index["text"]
+        assert index.blocks >= 5 and most / 2 < len(index) <= 1.2 * most
+        assert int(index.position.max()) + 1 == longest
+    assert int(analysis._reading(long, 4096, 64).index["text"].position.max()) == 63
+
+
 # Models -------------------------------------------------------------------------------------------
 
 

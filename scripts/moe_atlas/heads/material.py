@@ -32,7 +32,8 @@ class Material:
             targets, places = reading.thinned(self.targets, range(len(self.targets)), most)
             sources, documents = ([of[place] for place in places] for of in (self.sequences, self.documents))
             return reading.paired(sources, targets, documents, names.pad)
-        parts = reading.thinned(*reading.cut(self.sequences, self.documents, longest), most)
+        begin = reading.begins_with(self.sequences, names.special)
+        parts = reading.thinned(*reading.cut(self.sequences, self.documents, longest, begin), most)
         if objective == "masked" and hidden is not None:
             return reading.masked(*parts, names.mask, hidden, batch_tokens=batch_tokens)
         return reading.causal(*parts, batch_tokens)

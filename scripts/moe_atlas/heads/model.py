@@ -108,7 +108,7 @@ class Streamed:
     Up to the layer of its expert an arm is the whole model, whose hidden states it takes over.
     """
 
-    objective, longest = "causal", None
+    objective = "causal"
 
     def __init__(
         self, directory: str | os.PathLike, dtype: str = "auto", device: str | torch.device = "cpu",
@@ -116,7 +116,7 @@ class Streamed:
     ):  # fmt: skip
         self._open = lambda: LayerStream(Checkpoint(directory), dtype, device, spill_directory)
         stream = self._open()
-        self.layers = len(stream)
+        self.layers, self.longest = len(stream), getattr(stream.config, "max_position_embeddings", None)
         self._found = [routed_experts(layer, index) for index, layer in enumerate(stream.layers)]
         if not any(self._found):
             raise AtlasError(f"{directory}: the model has no attention experts; name one that has.")

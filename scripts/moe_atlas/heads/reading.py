@@ -1,10 +1,10 @@
 """A text as a model of attention experts reads it: batches, and where in the text each of their tokens stands.
 
 A causal or masked model reads one side, "text"; a translating one two, "source" and "target". Texts are cut into
-windows of the length that the model was trained for.
+windows that are no longer than what the model was trained for, and each begins with the token that it begins with there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,13 +45,27 @@ class Reading:
         return "text" if "text" in self.index else SIDES.get(kind, "target")
 
 
-def cut(sequences: Ids, documents: Sequence[int], longest: int | None) -> tuple[list[list[int]], list[int]]:
-    """Windows of at most `longest` tokens, None for whole sequences, and the document of each; single tokens go."""
+def begins_with(sequences: Ids, special: Collection[int]) -> int | None:
+    """The special token that every sequence begins with; None where there is none."""
+    first = {ids[0] if len(ids) else None for ids in sequences}
+    return next(iter(first)) if len(first) == 1 and first <= set(special) else None
+
+
+def cut(
+    sequences: Ids, documents: Sequence[int], longest: int | None, begin: int | None = None
+) -> tuple[list[list[int]], list[int]]:
+    """Windows of at most `longest` tokens, None for whole sequences, and the document of each; single tokens go.
+
+    begin: the token that all sequences begin with. It is put before every window, as a model that has never read a text
+    without it, and whose heads may rest on it, would else read what it does not know.
+    """
     found: list[list[int]] = []
     of: list[int] = []
+    head = [] if begin is None else [begin]
     for ids, document in zip(sequences, documents, strict=True):
-        step = longest or max(len(ids), 1)
-        parts = [list(ids[first : first + step]) for first in range(0, len(ids), step)]
+        body = list(ids[len(head) :])
+        step = max(1, (longest or len(head) + len(body)) - len(head))
+        parts = [head + body[first : first + step] for first in range(0, len(body), step)]
         parts = [part for part in parts if len(part) > 1]
         found += parts
         of += [document] * len(parts)

@@ -18,14 +18,17 @@ from moe_atlas.heads.record import ChoiceRecord, MapRecord
 from moe_atlas.log import Progress, say
 from moe_atlas.tables import FORMS, HEADS
 
+# Of whole long documents a few thousand tokens would be two or three, and no interval: at least so many windows are read,
+# where they need not be shorter than SHORTEST tokens for that.
+WINDOWS, SHORTEST = 16, 128
 FAMILIES = {"form": FORMS, "frequency": classes.FREQUENCIES}
 
 
 @dataclass(frozen=True)
 class Settings:
     """How much is read of each text: tokens whose choices are counted, whose losses are taken, whose maps are compared,
-    the latter in windows of map_length. longest: of a window else, None for the model's own. seed: of all that is
-    drawn.
+    the latter in windows of map_length. longest: most tokens of a window else, None for as many as the model takes; all
+    are shorter where they would be fewer than WINDOWS. seed: of all that is drawn.
     """
 
     tokens: int = 16384
@@ -77,7 +80,8 @@ class Analysis:
         self.parts[table].append(frame(table, rows, **fields))
 
     def _reading(self, material: Material, most: int, longest: int | None = None, **more) -> Reading:
-        longest = min(filter(None, (longest, self.settings.longest, self.host.longest)), default=None)
+        spread = max(most // WINDOWS, SHORTEST)
+        longest = min(filter(None, (longest, self.settings.longest, self.host.longest, spread)))
         return material.reading(self.host.objective, self.names, most, longest, **more)
 
     def _side(self, record: ChoiceRecord, generator: np.random.Generator) -> _Side:
