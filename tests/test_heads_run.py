@@ -238,6 +238,13 @@ def test_jetmoe_has_every_table_with_both_sites(tmp_path):
     share = found["moa_load"].filter(measure="share").group_by("corpus", "site", "layer").agg(pl.col("value").sum())
     assert share["value"].to_list() == pytest.approx([1.0] * 8)
     assert found["moa_association"]["router"].unique().sort().to_list() == ["learned", "random"]
+    told = found["moa_association"].filter(measure="information")
+    both = told.filter(router="learned").join(
+        told.filter(router="random"), on=["corpus", "site", "layer"], suffix="_random"
+    )
+    apart = (both["corrected"] - both["corrected_random"] - both["beyond_random"]).abs().max()
+    assert len(both) == 8 and apart < 1e-12 and (both["beyond_low"] <= both["beyond_high"]).all()
+    assert both["beyond_random_random"].null_count() == 8
     both = found["moa_association"].filter(measure="ablation")
     assert len(both) == 8 and both["value"].is_not_null().all()
     sites = found["moa_sites"]

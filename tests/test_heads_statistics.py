@@ -106,6 +106,23 @@ def test_what_whole_sequences_prefer_is_in_the_null():
     assert row["value"] == pytest.approx(1) and row["chance"] == pytest.approx(1) and row["p_value"] == 1
 
 
+def test_a_router_is_compared_with_the_random_one_document_by_document():
+    """Documents differ much in what their types tell, both routers alike: their difference hardly varies."""
+    of = text(4000)
+    clear = rng(3).random(4000) < np.linspace(0.1, 0.9, 8)[of["blocks"]]
+    random_ids = np.where(clear, of["types"] % 4, rng(4).integers(0, 4, 4000))
+    better = np.where(rng(5).random(4000) < 0.15, of["types"] % 4, random_ids)
+    learned, other = (associated(choices(ids[:, None], 4, **of)) for ids in (better, random_ids))
+    row, alone = association.association_row(learned, other), association.association_row(other)
+    assert row["beyond_random"] == pytest.approx(row["corrected"] - alone["corrected"])
+    assert 0 < row["beyond_low"] < row["beyond_random"] < row["beyond_high"]
+    assert row["beyond_high"] - row["beyond_low"] < (row["high"] - row["low"]) / 2
+    assert row["low"] < alone["high"]  # what the intervals of each by itself do not show
+    same = association.association_row(other, other)
+    assert (same["beyond_random"], same["beyond_low"], same["beyond_high"]) == (0, 0, 0)
+    assert "beyond_random" not in alone
+
+
 # Load ---------------------------------------------------------------------------------------------
 
 
@@ -360,6 +377,15 @@ def test_cost_and_association_of_planted_experts_go_together():
     assert row["value"] > 0.4 and row["p_value"] < 0.1 and abs(row["chance"]) < 0.2
     other = ablation.correlation_row(found, shares[[1, 2, 3, 0]], rng())
     assert other["value"] < 0 and other["p_value"] > 0.5
+
+
+def test_experts_that_every_token_has_are_associated_with_nothing():
+    """k = E: associations are 0 but for rounding, and ranks of rounding are no correlation."""
+    deltas, one, blocks, drawn = planted()
+    shares = ablation.log_shares(np.tile(np.arange(4), (800, 1)), one.of, 4, 4)
+    assert np.abs(shares).max() < 1e-12
+    shares += np.arange(4) * 1e-16  # as other numbers of tokens round
+    assert "value" not in ablation.correlation_row(ablation.costs(deltas, one, blocks, drawn), shares, rng())
 
 
 def test_classes_without_a_token_have_no_row_and_no_share():

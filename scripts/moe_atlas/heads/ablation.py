@@ -119,7 +119,8 @@ def correlation_row(found: Costs, association: np.ndarray, generator: np.random.
     kept = (found.tokens >= FEWEST) & np.isfinite(association).all(0)
     own, cost = association[:, kept], found.excess[0][:, kept]
     row: Row = {"measure": "ablation", "types": int(cost.size), "tokens": int(found.tokens[kept].sum())}
-    if cost.size < 3 or not np.isfinite(cost).all() or np.ptp(cost) == 0 or np.ptp(own) == 0:
+    # Where k = E all experts have the same associations: their ranks would be those of the classes, or of rounding.
+    if cost.size < 3 or not np.isfinite(cost).all() or not all(np.ptp(of, axis=0).any() for of in (own, cost)):
         return row
     ranks, other = stats.rankdata(own).reshape(own.shape), stats.rankdata(cost)
 

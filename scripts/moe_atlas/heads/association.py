@@ -114,20 +114,29 @@ def associate(choices: Choices, exchanges: Exchanges, drawn_blocks: np.ndarray) 
     return Association(types, tokens, counts, reached, information, np.array(nulls, dtype=np.float64), most)
 
 
-def association_row(found: Association) -> Row:
-    """The layer's row of moa_association."""
+def association_row(found: Association, other: Association | None = None) -> Row:
+    """The layer's row of moa_association. other: of a random router on the same tokens, with the same resamples, which
+    it is compared with."""
     value, low, high = interval(found.corrected)
-    return {
-        "measure": "information",
-        "value": float(found.information[0]),
-        "corrected": float(value),
-        "low": float(low),
-        "high": float(high),
-        "p_value": p_value(float(found.information[0]), found.nulls),
-        "most": found.most,
-        "types": len(found.types),
-        "tokens": int(found.tokens.sum()),
-    } | null(found.nulls)
+    compared: Row = {}
+    if other is not None:
+        apart = interval(found.corrected - other.corrected)
+        compared = dict(zip(("beyond_random", "beyond_low", "beyond_high"), map(float, apart), strict=True))
+    return (
+        compared
+        | {
+            "measure": "information",
+            "value": float(found.information[0]),
+            "corrected": float(value),
+            "low": float(low),
+            "high": float(high),
+            "p_value": p_value(float(found.information[0]), found.nulls),
+            "most": found.most,
+            "types": len(found.types),
+            "tokens": int(found.tokens.sum()),
+        }
+        | null(found.nulls)
+    )
 
 
 def token_rows(found: Association, text_of, best: int = BEST) -> list[Row]:

@@ -1,7 +1,7 @@
 """A text as a model of attention experts reads it: batches, and where in the text each of their tokens stands.
 
 A causal or masked model reads one side, "text"; a translating one two, "source" and "target". Texts are cut into
-windows that are no longer than what the model was trained for, and each begins with the token that it begins with there.
+windows that are no longer than the model takes, and each begins with the token that the model's texts begin with.
 """
 
 from collections.abc import Collection, Sequence

@@ -18,8 +18,8 @@ from moe_atlas.heads.record import ChoiceRecord, MapRecord
 from moe_atlas.log import Progress, say
 from moe_atlas.tables import FORMS, HEADS
 
-# Of whole long documents a few thousand tokens would be two or three, and no interval: at least so many windows are read,
-# where they need not be shorter than SHORTEST tokens for that.
+# A few thousand tokens would be two or three of the documents, where these are long, and no interval: about so many
+# windows are read at least, where they need not be shorter than SHORTEST tokens for that.
 WINDOWS, SHORTEST = 16, 128
 FAMILIES = {"form": FORMS, "frequency": classes.FREQUENCIES}
 
@@ -111,24 +111,23 @@ class Analysis:
             self._add("moa_load", load.load_rows(loads, weights, side.drawn_blocks, len(ids)), corpus, experts)
             rows = load.routing_rows(loads, side.drawn_blocks, len(ids), experts.top_k, generator)
             self._add("moa_routing", rows, corpus, experts)
-            sequences = record.index.sequence.numpy()[kept]
-            for router, chosen in (
-                ("frozen" if experts.frozen else "learned", ids),
-                ("random", record.random_ids[kept].astype(np.int64)),
-            ):
+            sequences, own_router = record.index.sequence.numpy()[kept], "frozen" if experts.frozen else "learned"
+            by_router = {}
+            for router, chosen in ((own_router, ids), ("random", record.random_ids[kept].astype(np.int64))):
                 choices = association.Choices(chosen, types, sequences, blocks, size, record.index.blocks)
                 found = association.associate(choices.of(side.frequent), side.exchanges, side.drawn_blocks)
-                row = association.association_row(found)
-                self._add("moa_association", [row], corpus, experts, router=router)
+                by_router[router] = found
                 self._add("moa_tokens", association.token_rows(found, self.names.text), corpus, experts, router=router)
-                if router != "random":
-                    summary = compare.Summary(loads, side.drawn_blocks, found.corrected)
-                    self.summaries[key][corpus] = summary
+            own = by_router[own_router]
+            for router, found in by_router.items():
+                row = association.association_row(found, None if router == "random" else by_router["random"])
+                self._add("moa_association", [row], corpus, experts, router=router)
+            self.summaries[key][corpus] = compare.Summary(loads, side.drawn_blocks, own.corrected)
             shares["experts"][key] = experts, record.side, {
                 family: ablation.log_shares(
-                    ids, ablation.class_of(types, side.named[family], own), size, len(own)
+                    ids, ablation.class_of(types, side.named[family], of), size, len(of)
                 )
-                for family, own in FAMILIES.items()
+                for family, of in FAMILIES.items()
             }  # fmt: skip
         return shares
 

@@ -75,6 +75,9 @@ HEADS: dict[str, Table] = {
         ("corrected", NUMBER, "value - chance"),
         ("low", NUMBER, "95 % interval of corrected over documents; null below 5 of them, and of ablation"),
         ("high", NUMBER, "its upper end"),
+        ("beyond_random", NUMBER, "corrected less that of the random router; null: of the random router, of ablation"),
+        ("beyond_low", NUMBER, "95 % interval of this difference, over the same documents"),
+        ("beyond_high", NUMBER, "its upper end"),
         ("p_value", NUMBER, "share of exchanges that reach the value"),
         ("most", NUMBER, "information that k choices can have at most: 1 - log k / H(expert)"),
         ("types", INTEGER, "token types; of ablation cells of experts and classes"),
@@ -92,7 +95,12 @@ HEADS: dict[str, Table] = {
         ("tokens", INTEGER, "tokens of this type, 20 or more"),
         ("pmi", NUMBER, "log of the count over what independence would give, nats"),
         ("npmi", NUMBER, "pmi / -log of the pair's share of all choices; 1: neither comes without the other"),
-        ("p_value", NUMBER, "share of exchanges of experts within sequences that reach the count"),
+        (
+            "p_value",
+            NUMBER,
+            "share of exchanges of experts within sequences that reach the count, of this pair alone: those listed are "
+            "the best of all types, which it is not adjusted for",
+        ),
     ),
     "moa_circuits": _table(
         "moa_circuits",
