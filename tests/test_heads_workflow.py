@@ -54,6 +54,14 @@ def test_a_row_that_is_not_there_ends_with_a_sentence(atlas):
     assert "config, key heads_models: the model sheet has no enabled row other." in said and "Traceback" not in said
 
 
+def test_a_row_whose_weights_are_deleted_ends_with_a_sentence(atlas):
+    rows = [row | {"keep": "true"} for row in read_sheet(atlas / "config/models.tsv")]
+    fetched = rows[0] | {"model": "fetched", "source": "hf:owner/name", "revision": "0" * 40, "keep": "false"}
+    write_sheet(atlas / "fetched.tsv", [*rows, fetched])
+    said = snakemake(atlas, "-n", "--config", "models=fetched.tsv", "heads_models=fetched", check=False)
+    assert "heads_models: the row fetched has keep false" in said and "Traceback" not in said
+
+
 def test_a_checkpoint_of_a_folder_has_its_tables_and_figures_once(atlas):
     figure = "results/figures/moa/local/ablation.prose.png"
     snakemake(atlas, figure, *ALONE)

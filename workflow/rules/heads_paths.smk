@@ -21,6 +21,11 @@ def heads_rows():
     unknown = [name for name in named if name not in MODELS]
     if unknown:
         raise WorkflowError(f"config, key heads_models: the model sheet has no enabled row {', '.join(unknown)}.")
+    gone = [name for name in named if not MODELS[name].keep]
+    if gone:
+        raise WorkflowError(
+            f"config, key heads_models: the row {gone[0]} has keep false, and its weights are wanted; write true there."
+        )
     found = named or [name for name, row in MODELS.items() if model_type_of(row) in ATTENTION_EXPERTS]
     return [name for name in MODELS if name in found and MODELS[name].keep]
 
