@@ -259,6 +259,21 @@ def test_jetmoe_has_every_table_with_both_sites(tmp_path):
     assert all(again[name].equals(frame) for name, frame in found.items())
 
 
+def test_every_predicted_token_has_a_class(tmp_path):
+    """Also where its type is in no window whose choices are counted."""
+    heads_models.save_moa(tmp_path)
+    own = [[1, *[3 + i % 4 for i in range(7)]] if n % 2 == 0 else [1, *range(10, 17)] for n in range(40)]
+    host = open_host(tmp_path, "float32")
+    settings = Settings(tokens=160, loss_tokens=320, map_tokens=100, map_length=8)
+    found = Analysis(host, "toy", Names(), settings).tables({"prose": Material(own, list(range(40)))})
+    assert set(found["moa_tokens"]["token_id"]) <= {3, 4, 5, 6}  # every second sequence was left out
+    sums = found["moa_ablation"].filter(layer=0, expert="0").group_by("by", "family").agg(pl.col("tokens").sum())
+    # The first token of a sequence is read, but is none of the tokens that frequencies are of.
+    expected = {(by, family): 280 for by in ("read", "predicted") for family in ("form", "frequency")}
+    expected |= {("predicted", "all"): 280, ("read", "frequency"): 240}
+    assert {(by, family): tokens for by, family, tokens in sums.iter_rows()} == expected
+
+
 @pytest.mark.parametrize("objective", ["masked", "translation"])
 def test_moa_models_have_their_kinds_and_no_ffn_beside_them(tmp_path, objective):
     heads_models.save_moa(tmp_path, objective, frozen_router=objective == "masked")

@@ -41,7 +41,7 @@ METHODS = {
     "fetch_moa_data": 1,
     "train_moa": 1,
     "moa_pairs": 1,
-    "analyse_heads": 1,
+    "analyse_heads": 2,
 }
 
 

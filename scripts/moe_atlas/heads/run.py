@@ -142,12 +142,20 @@ class Analysis:
                 rows = maps.map_rows(record.sums, weights[record.side], generator, distances)
                 self._add("moa_maps", rows, corpus, experts)
 
+    def _named(self, side: _Side, types: np.ndarray) -> dict[str, dict[int, str]]:
+        """Classes of types by family: as of the text whose choices are counted, and of types that are not in it. These
+        are of other windows of the same documents, and rare."""
+        new = sorted({int(one) for one in types} - set(side.named["form"]))
+        texts = {one: self.names.text(one) for one in (*side.named["form"], *new)}
+        found = {"form": classes.forms(list(texts), texts, self.names.special)}
+        return found | {"frequency": dict.fromkeys(new, "rare") | side.named["frequency"]}
+
     def _ablation(
         self, corpus: str, material: Material, shares: dict, generator: np.random.Generator, progress: Progress
     ) -> None:
         read = self._reading(material, self.settings.loss_tokens, hidden=self.settings.seed)
         side = read.side("decoder")
-        index, named = read.index[side], shares["sides"][side].named
+        index = read.index[side]
         arms, losses = self.host.losses(read.batches, progress.step)
         losses = losses.numpy()
         say(f"{corpus}: loss {losses[0].mean():.3f} nats a token, {len(arms)} experts left out one by one")
@@ -157,6 +165,7 @@ class Analysis:
         by = {"predicted": predicted} if (rows_read < 0).all() else {
             "read": index.token.numpy()[rows_read], "predicted": predicted,
         }  # fmt: skip
+        named = self._named(shares["sides"][side], np.concatenate(list(by.values())))
         drawn_blocks = block_weights(index.blocks, generator)
         for key, (experts, own_side, log_shares) in shares["experts"].items():
             own = [place for place, (of, _) in enumerate(arms, start=1) if of == key]
