@@ -9,6 +9,7 @@ from moe_atlas import architectures
 from moe_atlas.architectures.moa_config import MoAConfig
 from moe_atlas.architectures.moa_models import MoAForTranslation
 from moe_atlas.moa.registry import objective_of
+from moe_atlas.moa.run import _state
 from moe_atlas.moa.settings import Schedule, Task
 from moe_atlas.moa.state import StateFile
 from moe_atlas.moa.train import train
@@ -86,6 +87,21 @@ def test_the_state_of_another_run_is_not_used(objective, tmp_path):
     model = fresh(objective)
     train(model, objective, 0.01, SCHEDULE, 3, state=two)
     assert equal(plain, model)
+
+
+def test_a_state_is_of_the_same_texts_and_settings(objective, tmp_path):
+    """Token ids that were prepared anew are others under the same settings."""
+    config, task = fresh(objective).config, Task(
+        "translation", "data:file.yaml", 60, 6, 8, 16, 1, 1, (0.01,), SCHEDULE, {}, {}, "translation"
+    )  # fmt: skip
+    first, again = (_state(tmp_path, objective, task, config, 0.01, 0) for _ in range(2))
+    assert first == again
+    other = replace(objective, pairs=objective.pairs | {"train": objective.pairs["validation"]})
+    for changed in (
+        _state(tmp_path, other, task, config, 0.01, 0),
+        _state(tmp_path, objective, replace(task, batch=4), config, 0.01, 0),
+    ):
+        assert changed.path == first.path and changed.digest != first.digest
 
 
 def test_the_mean_is_that_of_the_weights_at_the_last_looks(objective):

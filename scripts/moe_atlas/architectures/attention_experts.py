@@ -87,7 +87,8 @@ class RoutedExperts(ABC):
     def without(self, expert: int) -> Iterator[None]:
         """While the block runs no token can use this expert: its logit is minus infinity before the model chooses.
 
-        The others are weighed as the model weighs them. Where k = E the expert stays chosen, with weight 0.
+        The others are weighed as the model weighs them: with weights that are not normalised its probability goes to
+        them on every token, also where it was not chosen. Where k = E the expert stays chosen, with weight 0.
         """
 
         def mask(_router, _arguments, logits: torch.Tensor) -> torch.Tensor:

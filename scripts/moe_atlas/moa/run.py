@@ -91,7 +91,7 @@ def run_job(
 
     def fit(rate: float, seed: int) -> tuple[Run, PreTrainedModel]:
         model = build(config, seed)
-        state = _state(states, task, config, rate, seed) if task.schedule.keep_state else None
+        state = _state(states, objective, task, config, rate, seed) if task.schedule.keep_state else None
         found = train(model, objective, rate, task.schedule, seed, device, state)
         end = "plateau" if found.plateau else "largest number of steps"
         say(f"{job.arm}, seed {seed}, rate {rate:g}: {found.validation:.4f} nats, {found.steps} steps, {end}")
@@ -113,10 +113,10 @@ def run_job(
     return made
 
 
-def _state(folder: Path, task: Task, config: MoAConfig, rate: float, seed: int) -> StateFile:
-    """The state of one run, bound to all that it was told."""
+def _state(folder: Path, objective: Objective, task: Task, config: MoAConfig, rate: float, seed: int) -> StateFile:
+    """The state of one run, bound to all that it was told, and by what token frequencies lose to the texts it reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    told = repr((task, sorted(config.to_dict().items(), key=str), rate, seed))
+    told = repr((objective.unlearned, objective.looked, task, sorted(config.to_dict().items(), key=str), rate, seed))
     return StateFile(folder / f"rate-{rate:g}-seed-{seed}.pt", hashlib.sha256(told.encode()).hexdigest())
 
 

@@ -78,7 +78,11 @@ HEADS: dict[str, Table] = {
         ("beyond_random", NUMBER, "corrected less that of the random router; null: of the random router, of ablation"),
         ("beyond_low", NUMBER, "95 % interval of this difference, over the same documents"),
         ("beyond_high", NUMBER, "its upper end"),
-        ("p_value", NUMBER, "share of exchanges that reach the value"),
+        (
+            "p_value",
+            NUMBER,
+            "share of exchanges that reach the value, of this row alone: no layer is adjusted for the others",
+        ),
         ("most", NUMBER, "information that k choices can have at most: 1 - log k / H(expert)"),
         ("types", INTEGER, "token types; of ablation cells of experts and classes"),
         _TOKENS,
