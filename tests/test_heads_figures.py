@@ -84,6 +84,11 @@ def test_the_association_of_a_frozen_router_stands_beside_the_learned_one(frames
     own, other = (table.filter(pl.col("model") == model) for model in (MOA, FROZEN))
     values = {*own["value"], *other.filter(router="frozen")["value"]}
     assert drawn_points(panel(found, "causal attention")) == {round(value, 9) for value in values}
+    rows = own.with_columns(pl.col("low", "high") * (1 - pl.col("chance")) + pl.col("chance")).drop_nulls("low")
+    assert (rows["low"] <= rows["value"]).all() and (rows["value"] <= rows["high"]).all()
+    drawn = panel(found, "causal attention").collections
+    segments = {tuple(round(y, 9) for y in path.vertices[:, 1]) for bars in drawn for path in bars.get_paths()}
+    assert {(round(low, 9), round(high, 9)) for low, high in rows.select("low", "high").rows()} <= segments
     labels = [text.get_text() for text in found.legends[0].get_texts()]
     assert "model with a frozen router" in labels
     alone = draw("association.prose", "jetmoe", frames)
@@ -106,6 +111,8 @@ def test_where_all_experts_are_chosen_weights_are_drawn_and_the_figure_says_so(f
     own = frames["moa_load"].filter(model="dense", kind="cross", layer=0, measure="weight")
     assert drawn_points(axes) == {round(4 * value, 9) for value in own["value"]}
     assert not np.allclose(own["value"], 0.25)
+    (said,) = [text for text in texts(draw("association.prose", "dense", frames)) if "nothing that token types" in text]
+    assert "k = E" in said
 
 
 def test_both_sites_and_their_difference_are_drawn(frames):

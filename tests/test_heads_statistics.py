@@ -41,7 +41,7 @@ def test_a_router_that_chooses_by_the_parity_of_the_type_tells_all_of_it():
     row = association.association_row(found)
     assert row["value"] == pytest.approx(1, abs=1e-12) and row["most"] == pytest.approx(1, abs=1e-3)
     assert 0 < row["chance"] < 0.02 and row["p_value"] == pytest.approx(1 / 61)
-    assert row["corrected"] == pytest.approx(row["value"] - row["chance"]) and row["low"] > 0.97
+    assert row["corrected"] == pytest.approx(1) and row["low"] > 0.97
     tokens = association.token_rows(found, str)
     for one in tokens:
         assert int(one["token"]) % 2 == int(one["expert"])
@@ -57,6 +57,7 @@ def test_a_router_that_knows_nothing_lies_in_its_null():
         found = associated(choices(rng(100 + seed).integers(0, 4, (2000, 1)), 4, **of), seed)
         row = association.association_row(found)
         values.append(row["chance_low"] <= row["value"] <= row["chance_high"])
+        assert row["corrected"] == pytest.approx((row["value"] - row["chance"]) / (1 - row["chance"]))
         assert row["low"] < row["corrected"] < row["high"]
     assert sum(values) >= 16  # 19 of 20 are expected
 
@@ -65,7 +66,50 @@ def test_with_k_choices_the_type_can_tell_at_most_what_most_says():
     of = text()
     ids = np.stack([of["types"] % 4, (of["types"] % 4 + 1) % 4], 1)  # the type decides both
     row = association.association_row(associated(choices(ids, 4, **of)))
-    assert row["value"] == pytest.approx(row["most"], abs=1e-12) and row["most"] == pytest.approx(0.5, abs=0.01)
+    assert row["value"] == pytest.approx(1, abs=1e-12)
+    assert row["of_entropy"] == pytest.approx(row["most"], abs=1e-12) and row["most"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_routers_that_the_type_decides_are_alike_however_even_their_loads_are():
+    """All is told by either; over H(expert) the even one would have told more."""
+    of = text()
+    even = np.stack([of["types"] % 4, (of["types"] + 1) % 4], 1)
+    uneven = np.stack(
+        [np.zeros(2000, dtype=np.int64), np.where(of["types"] < 2, 1, np.where(of["types"] < 9, 2, 3))], 1
+    )
+    one, other = (associated(choices(ids, 4, **of)) for ids in (even, uneven))
+    assert one.of_entropy > other.of_entropy + 0.05
+    assert one.information == pytest.approx(1) and other.information == pytest.approx(1)  # of every resample
+    row = association.association_row(one, other)
+    assert row["value"] == pytest.approx(1) and row["chance"] != pytest.approx(other.nulls.mean(), rel=0.05)
+    for name in ("random", "low", "high"):
+        assert row[f"beyond_{name}"] == pytest.approx(0, abs=1e-9)
+    load = uneven.ravel()
+    bits = -sum(share * math.log2(share) for share in np.bincount(load) / len(load))
+    assert association.tellable(np.bincount(load), 2) == pytest.approx(bits - 1)
+
+
+def test_nothing_can_be_told_where_nothing_is_chosen():
+    """All experts for every token, and the same two of four."""
+    of = text()
+    for ids in (np.tile(np.arange(4), (2000, 1)), np.tile([1, 3], (2000, 1))):
+        row = association.association_row(associated(choices(ids, 4, **of)))
+        assert math.isnan(row["value"]) and row["p_value"] is None and row["of_entropy"] == pytest.approx(0, abs=1e-12)
+
+
+def test_the_share_that_is_told_is_that_of_a_plain_loop():
+    of = text(600, 5)
+    ids = np.stack([rng(i).permuted(np.arange(4))[:2] for i in range(600)])
+    ids[of["types"] == 2] = [0, 1]
+    found = associated(choices(ids, 4, **of))
+    pairs = [(w, e) for w, chosen in zip(of["types"], ids, strict=True) for e in chosen]
+    n = len(pairs)
+    bits = sum(
+        math.log2(n * pairs.count(pair) / sum(w == pair[0] for w, _ in pairs) / sum(e == pair[1] for _, e in pairs)) / n
+        for pair in pairs
+    )
+    whole = -sum(c / n * math.log2(c / n) for c in np.bincount([e for _, e in pairs]))
+    assert found.information[0] == pytest.approx(bits / (whole - 1)) and found.of_entropy == pytest.approx(bits / whole)
 
 
 def test_pmi_and_npmi_are_those_of_a_plain_loop():

@@ -2,7 +2,9 @@
 
 An observation is one choice: a token of type w whose router chose expert i. PMI(w, i) = log of n(w, i) n / (n(w) n(i)),
 which MoA (arXiv 2210.05144, section 5) prints without the log; NPMI = PMI / -log(n(w, i) / n). One number for a layer
-is I(w; i) / H(i), which is 1 where k = 1 and the type decides; with k choices a token it is at most 1 - log k / H(i).
+is I(w; i) / (H(i) - log k), which is 1 where the type decides: k different choices leave log k of H(i) open whatever
+decides them. I(w; i) / H(i), which is printed elsewhere, is at most 1 - log k / H(i). That is more for a router that
+uses its experts more evenly, so that two routers which the type decides alike would seem to differ.
 Counts of rare types give information whatever the router does: types below FEWEST tokens are left out, and what is left
 of the effect is in the null. The null exchanges the experts of tokens of one sequence, so that what a whole sequence
 prefers stays in it.
@@ -12,13 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_atlas.behavioral.measures import context_independence, divide, entropy
+from moe_atlas.behavioral.measures import divide, entropy
 from moe_atlas.behavioral.resampling import interval, resample
 from moe_atlas.heads.frames import Row, null, p_value
 
 FEWEST = 20  # tokens of a type that is counted
 PERMUTATIONS = 200
 BEST = 10  # types listed of an expert
+_OPEN = 1e-9  # bits: less that can be told is rounding
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,19 @@ def pmi(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return value, np.where(joint >= 1, 1.0, normed)
 
 
+def mutual_information(table: np.ndarray) -> np.ndarray:
+    """I(w; i) in bits of counts (..., V, E): (...)."""
+    joint = entropy(table.reshape(*table.shape[:-2], table.shape[-2] * table.shape[-1]))
+    return entropy(table.sum(-1)) + entropy(table.sum(-2)) - joint
+
+
+def tellable(load: np.ndarray, top_k: int) -> np.ndarray:
+    """H(i) - log k in bits of loads (..., E): most that anything tells of k choices a token. NaN where nothing can be
+    told: k = E, or the same k experts for all tokens."""
+    found = entropy(load) - np.log2(top_k)
+    return np.where(found > _OPEN, found, np.nan)
+
+
 class Exchanges:
     """Permutations of the tokens of a text within their sequences, the same ones for all layers. sequences: (T,)."""
 
@@ -77,7 +93,8 @@ class Exchanges:
 @dataclass(frozen=True)
 class Association:
     """What was counted of one layer. types (V,) ids; counts (V, E); reached (V, E) exchanges whose count is as high;
-    information: the value with its resamples (R,); nulls (P,) under exchange; experts' information at most `most`."""
+    information: share of what can be told, with its resamples (R,); nulls (P,) the same under exchange; of_entropy:
+    information over H(i), at most `most`."""
 
     types: np.ndarray
     tokens: np.ndarray
@@ -85,33 +102,41 @@ class Association:
     reached: np.ndarray
     information: np.ndarray
     nulls: np.ndarray
+    of_entropy: float
     most: float
 
     @property
     def corrected(self) -> np.ndarray:
-        """Information less its mean under exchange, (R,)."""
-        return self.information - (self.nulls.mean() if len(self.nulls) else np.nan)
+        """0 for what exchanges give and 1 where the type decides, (R,): (value - chance) / (1 - chance), as information
+        is adjusted for chance by Vinh et al. 2010 (Journal of Machine Learning Research 11, 2837). Two routers that the
+        type decides are so alike, where value - chance would be more for the one whose chance is less."""
+        chance = self.nulls.mean() if len(self.nulls) else np.nan
+        return divide(self.information - chance, 1 - chance)
 
 
 def associate(choices: Choices, exchanges: Exchanges, drawn_blocks: np.ndarray) -> Association:
     """Counts, information and null of `choices`, which are of frequent types; drawn_blocks: (R, B)."""
     types, place, tokens = np.unique(choices.types, return_inverse=True, return_counts=True)
-    experts, size = choices.experts, len(types)
+    experts, size, top_k = choices.experts, len(types), choices.ids.shape[1]
     counts = counted(choices.ids, place, size, experts)
     nulls, reached = [], np.zeros_like(counts)
     for order in exchanges.orders if size else ():
         found = counted(choices.ids[order], place, size, experts)
-        nulls.append(context_independence(found))
+        nulls.append(mutual_information(found))
         reached += found >= counts
     by_block = np.zeros((choices.count, size * experts))
     cells = (place[:, None] * experts + choices.ids).ravel()
-    rows = np.repeat(choices.blocks, choices.ids.shape[1])
+    rows = np.repeat(choices.blocks, top_k)
     np.add.at(by_block, (rows, cells), 1)
-    shape = (choices.count, size, experts)
-    information = resample(context_independence, drawn_blocks, by_block.reshape(shape)) if size else np.full(1, np.nan)
-    nats = float(entropy(counts.sum(0))) * np.log(2)
-    most = 1 - float(divide(np.log(choices.ids.shape[1]), nats)) if size else np.nan
-    return Association(types, tokens, counts, reached, information, np.array(nulls, dtype=np.float64), most)
+    by_block = by_block.reshape(choices.count, size, experts)
+    if not size:
+        return Association(types, tokens, counts, reached, np.full(1, np.nan), np.empty(0), np.nan, np.nan)
+    bits = resample(mutual_information, drawn_blocks, by_block)
+    told = divide(bits, tellable(drawn_blocks @ by_block.sum(1), top_k))
+    missed = np.array(nulls, dtype=np.float64) / tellable(counts.sum(0), top_k)  # exchanges keep the loads
+    whole = float(entropy(counts.sum(0)))
+    of_entropy, most = float(divide(bits[0], whole)), 1 - float(divide(np.log2(top_k), whole))
+    return Association(types, tokens, counts, reached, told, missed, of_entropy, most)
 
 
 def association_row(found: Association, other: Association | None = None) -> Row:
@@ -131,6 +156,7 @@ def association_row(found: Association, other: Association | None = None) -> Row
             "low": float(low),
             "high": float(high),
             "p_value": p_value(float(found.information[0]), found.nulls),
+            "of_entropy": found.of_entropy,
             "most": found.most,
             "types": len(found.types),
             "tokens": int(found.tokens.sum()),

@@ -133,15 +133,23 @@ def association(model: str, corpus: str, frames: Frames) -> Figure:
     """Information of token types about experts by layer, beside exchanges, a random router and a frozen one."""
     table = frames["moa_association"].filter(pl.col("measure") == "information")
     rows = table.filter(pl.col("model") == model)
+    if rows["value"].null_count() == len(rows):
+        return sentence(
+            title_of("association", model, corpus),
+            "There is nothing that token types could tell of the choice: every token has the same experts, as where "
+            "k = E, or no type has 20 tokens.",
+        )
     frozen = table.filter((pl.col("router") == "frozen") & (pl.col("model") != model))
     own_router = rows.filter(pl.col("router") != "random")["router"][0]
     kinds, layers = kinds_of(rows), sorted(rows["layer"].unique())
-    shown = rows.with_columns(pl.col("low", "high") + pl.col("chance"))
+    # The interval of what is adjusted for chance, where the value stands.
+    shown = rows.with_columns(pl.col("low", "high") * (1 - pl.col("chance")) + pl.col("chance"))
     limits = limits_of(shown, 0.0, *frozen["value"].drop_nulls())
     width = (WIDTH - _LEFT - 0.15 - _GAP * (max(len(kinds), 2) - 1)) / max(len(kinds), 2)
     figure = new_figure(WIDTH, _HEAD + 1.9 + 1.0)
     subtitle = (
-        "I(token type; expert) / H(expert) over choices, types with 20 tokens or more; 95 % intervals over documents"
+        "I(token type; expert) / (H(expert) − log k) over choices: 1 where the type decides; types with 20 tokens or "
+        "more; 95 % intervals over documents"
     )
     heading(figure, title_of("association", model, corpus), subtitle)
     for j, kind in enumerate(kinds):
@@ -152,14 +160,13 @@ def association(model: str, corpus: str, frames: Frames) -> Figure:
         if j:
             axes.tick_params(labelleft=False)
         else:
-            axes.set_ylabel("share of H(expert)")
+            axes.set_ylabel("share of what can be told")
     looks = {"learned": _LEARNED, "frozen": _FROZEN}
     handles = [Line2D([], [], label=f"{own_router} router", **looks[own_router])]
     handles.append(Line2D([], [], label="random router, same states", **_RANDOM))
     if not frozen.is_empty():
         handles.append(Line2D([], [], label="model with a frozen router", **_FROZEN))
     handles.append(Patch(color="0.8", label="95 % of exchanges within sequences"))
-    handles.append(Line2D([], [], color="0.45", linewidth=0.8, linestyle=":", label="most that k choices can tell"))
     _legend(figure, handles)
     return figure
 
@@ -169,11 +176,9 @@ def _association_panel(axes, panel: pl.DataFrame, frozen: pl.DataFrame, layers: 
     for router, shift, look in ((own_router, -0.15, looks[own_router]), ("random", 0.15, _RANDOM)):
         rows = panel.filter(pl.col("router") == router).sort("layer")
         places = np.array([layers.index(layer) for layer in rows["layer"]]) + shift
-        for place, low, high, most in zip(places, rows["chance_low"], rows["chance_high"], rows["most"], strict=True):
+        for place, low, high in zip(places, rows["chance_low"], rows["chance_high"], strict=True):
             if low is not None:
                 axes.fill_between([place - 0.13, place + 0.13], low, high, color="0.8", linewidth=0)
-            if most is not None and router != "random":
-                axes.hlines(most, place - 0.3, place + 0.5, color="0.45", linewidth=0.8, linestyle=":")
         points(axes, places, rows, look)
     rows = frozen.filter(pl.col("layer").is_in(layers)).sort("layer")
     axes.plot([layers.index(layer) for layer in rows["layer"]], rows["value"].to_numpy(), **_FROZEN)
@@ -316,7 +321,7 @@ def ablation(model: str, corpus: str, frames: Frames) -> Figure:
 
 
 _SITES = {
-    "information": "I(type; expert) / H(expert)\nless exchanges",
+    "information": "what types tell of experts,\nadjusted for exchanges",
     "entropy": "entropy of the load\nover log E",
     "max_vio": "MaxVio",
     "domain": "divergence of loads, bits\n",

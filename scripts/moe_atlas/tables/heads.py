@@ -66,13 +66,19 @@ HEADS: dict[str, Table] = {
         (
             "measure",
             STRING,
-            "information: I(token type; expert) / H(expert) over choices; ablation: Spearman's rho of an expert's "
-            "association with classes of tokens and what leaving it out costs there",
+            "information: I(token type; expert) / (H(expert) - log k) over choices, 1 where the type decides; "
+            "ablation: Spearman's rho of an expert's association with classes of tokens and what leaving it out costs "
+            "there",
         ),
-        ("value", NUMBER, "of token types with 20 tokens or more"),
+        ("value", NUMBER, "of token types with 20 tokens or more; null where k = E, as nothing can be told"),
         ("chance", NUMBER, "mean when experts are exchanged: among the tokens of a sequence; among experts (ablation)"),
         *_RANGE,
-        ("corrected", NUMBER, "value - chance"),
+        (
+            "corrected",
+            NUMBER,
+            "(value - chance) / (1 - chance): 0 is what exchanges give, 1 that the type decides; of ablation "
+            "value - chance",
+        ),
         ("low", NUMBER, "95 % interval of corrected over documents; null below 5 of them, and of ablation"),
         ("high", NUMBER, "its upper end"),
         ("beyond_random", NUMBER, "corrected less that of the random router; null: of the random router, of ablation"),
@@ -83,7 +89,8 @@ HEADS: dict[str, Table] = {
             NUMBER,
             "share of exchanges that reach the value, of this row alone: no layer is adjusted for the others",
         ),
-        ("most", NUMBER, "information that k choices can have at most: 1 - log k / H(expert)"),
+        ("of_entropy", NUMBER, "I(token type; expert) / H(expert), which is larger where loads are even"),
+        ("most", NUMBER, "what of_entropy can be at most: 1 - log k / H(expert)"),
         ("types", INTEGER, "token types; of ablation cells of experts and classes"),
         _TOKENS,
     ),
