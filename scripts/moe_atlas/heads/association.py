@@ -132,7 +132,8 @@ def associate(choices: Choices, exchanges: Exchanges, drawn_blocks: np.ndarray) 
     if not size:
         return Association(types, tokens, counts, reached, np.full(1, np.nan), np.empty(0), np.nan, np.nan)
     bits = resample(mutual_information, drawn_blocks, by_block)
-    told = divide(bits, tellable(drawn_blocks @ by_block.sum(1), top_k))
+    # Rounded: where the type decides, 1 and not a little less, which would be a difference between two routers.
+    told = np.round(divide(bits, tellable(drawn_blocks @ by_block.sum(1), top_k)), 12)
     missed = np.array(nulls, dtype=np.float64) / tellable(counts.sum(0), top_k)  # exchanges keep the loads
     whole = float(entropy(counts.sum(0)))
     of_entropy, most = float(divide(bits[0], whole)), 1 - float(divide(np.log2(top_k), whole))
