@@ -16,6 +16,7 @@ from moe_atlas.tables.across import ACROSS
 from moe_atlas.tables.behavioral import BEHAVIORAL, CHOOSING_SCORES, DOCUMENT_MEASURES, GROUPINGS, SCORES
 from moe_atlas.tables.columns import Table
 from moe_atlas.tables.emoe import EMOE
+from moe_atlas.tables.heads import HEADS
 from moe_atlas.tables.moa import MOA
 from moe_atlas.tables.parametric import PARAMETRIC
 from moe_atlas.tables.tuning import TUNING
@@ -27,6 +28,7 @@ __all__ = [
     "DOCUMENT_MEASURES",
     "EMOE",
     "GROUPINGS",
+    "HEADS",
     "MOA",
     "SCORES",
     "TABLES",
@@ -41,11 +43,11 @@ __all__ = [
 
 # Of one model. `domain` compares the texts of one model, which is why it is among the behavioral ones.
 TABLES: dict[str, Table] = PARAMETRIC | BEHAVIORAL
-ALL: dict[str, Table] = TABLES | ACROSS | EMOE | TUNING | MOA
+ALL: dict[str, Table] = TABLES | ACROSS | EMOE | TUNING | MOA | HEADS
 
 
 def declared(name: str) -> Table:
-    """The table of this name: of one model, across models, of EMoE, of fine-tuning or of MoA."""
+    """The table of this name: of one model, across models, of EMoE, of fine-tuning, of MoA or of attention experts."""
     return ALL[name]
 
 
