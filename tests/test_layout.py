@@ -58,6 +58,9 @@ ALLOWED = {
     "training": {"architectures", "corpora"},
     "tuning": {"claims", "corpora", "emoe", "hub", "sheets", "tokens", "training"},
     "plotting": {"pages", "parametric"},
+    "heads": {
+        *("architectures", "behavioral", "checkpoints", "choices", "probe", "stream", "text_index", "tokens"),
+    },
     "pages": set(),
     "index": {"pages", "plotting"},
     "notebooks": {"pages"},

@@ -32,7 +32,7 @@ def token_frames(
     tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[int]], model: str, corpus: str
 ) -> Iterator[pl.DataFrame]:
     """The table `tokens`: one row a token, in order of sequence and position; a frame has some thousand rows."""
-    texts = {index: _text(tokenizer, index) for index in sorted({index for ids in sequences for index in ids})}
+    texts = {index: token_text(tokenizer, index) for index in sorted({index for ids in sequences for index in ids})}
     for first in range(0, len(sequences), _SEQUENCES):
         part = sequences[first : first + _SEQUENCES]
         ids = [index for sequence in part for index in sequence]
@@ -48,7 +48,7 @@ def token_frames(
         yield frame.with_columns(model=pl.lit(model), corpus=pl.lit(corpus))
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
+def token_text(tokenizer: PreTrainedTokenizerBase, index: int) -> str:
     """One token as text, its leading space kept."""
     text, raw = tokenizer.decode([index]), tokenizer.convert_ids_to_tokens(index)
     return f" {text}" if raw.startswith(_SPACE_MARKS) and not text.startswith(" ") else text

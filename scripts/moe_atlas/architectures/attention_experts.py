@@ -60,9 +60,9 @@ Watcher = Callable[[Call], None]
 class RoutedExperts(ABC):
     """One router and its experts in a model whose weights are there when its methods are called.
 
-    Attributes: layer, from 0 in its stack; kind ("causal", "encoder", "decoder" or "cross" of attention experts, "ffn");
-    site ("attention" or "ffn"); experts E; top_k k; heads H of an expert, 0 of an FFN expert; router, the module that
-    gives the logits (..., E); frozen, whether the router was never trained.
+    Attributes: layer, from 0 in its stack; site ("attention" or "ffn"); kind ("causal", "encoder", "decoder" or "cross"
+    of attention experts, else "ffn"); experts E; top_k k; heads H of an expert, 0 of an FFN expert; router, the module
+    that gives the logits (..., E); frozen, whether the router was never trained.
     """
 
     layer: int
@@ -83,16 +83,21 @@ class RoutedExperts(ABC):
     def watched(self, watcher: Watcher) -> contextlib.AbstractContextManager[None]:
         """Give `watcher` every call while the block runs; the model's output stays what it is."""
 
-    @abstractmethod
-    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> contextlib.AbstractContextManager[None]:
-        """While the block runs the model chooses by `change(logits)`."""
-
-    def without(self, expert: int) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def without(self, expert: int) -> Iterator[None]:
         """While the block runs no token can use this expert: its logit is minus infinity before the model chooses.
 
         The others are weighed as the model weighs them. Where k = E the expert stays chosen, with weight 0.
         """
-        return self._changed(lambda logits: logits.index_fill(-1, torch.tensor([expert]).to(logits.device), -torch.inf))
+
+        def mask(_router, _arguments, logits: torch.Tensor) -> torch.Tensor:
+            return logits.index_fill(-1, torch.tensor([expert], device=logits.device), -torch.inf)
+
+        handle = self.router.register_forward_hook(mask)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def circuits(self) -> Circuits:
         """The weights of attention experts."""
@@ -115,14 +120,6 @@ class _JetMoeExperts(RoutedExperts):
     def __init__(self, found: jetmoe._JetMoeSite, layer: int):
         self._found, self.layer, self.site = found, layer, found.name
         self.experts, self.top_k, self.router = found.num_experts, found.top_k, found.router
-
-    @contextlib.contextmanager
-    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        handle = self.router.register_forward_hook(lambda _router, _arguments, logits: change(logits))
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def _maps(self, inputs: torch.Tensor, keywords: dict) -> Callable[[], Maps] | None:
         return None
@@ -189,15 +186,6 @@ class MoAExperts(RoutedExperts):
         self.experts, self.top_k = module.num_experts, module.top_k
 
     @contextlib.contextmanager
-    def _changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        own = self.router.logits
-        self.router.logits = lambda hidden: change(own(hidden))
-        try:
-            yield
-        finally:
-            del self.router.logits
-
-    @contextlib.contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:
         signature = inspect.signature(self._module.forward)
 
@@ -229,7 +217,9 @@ class MoAExperts(RoutedExperts):
 
     def circuits(self) -> Circuits:
         module = self._module
-        return Circuits(module.query[:, None], module.key.weight[None], module.value.weight[None], module.output[:, None])
+        return Circuits(
+            module.query[:, None], module.key.weight[None], module.value.weight[None], module.output[:, None]
+        )
 
 
 def routed_experts(module: nn.Module, index: int = 0) -> list[RoutedExperts]:

@@ -42,7 +42,7 @@ def cosines(products: torch.Tensor) -> np.ndarray:
 
 
 def of_layer(circuits: Circuits) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """(name, left (E, H, D, d), shared (H, D, d)) of the QK and the OV circuit; a map and its transpose are one here."""
+    """(name, left (E, H, D, d), shared (H, D, d)) of the QK and the OV circuit, of which the transpose is meant."""
     yield "QK", circuits.query, circuits.key
     yield "OV", circuits.output.transpose(2, 3), circuits.value
 

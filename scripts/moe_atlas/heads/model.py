@@ -63,7 +63,7 @@ def _key(experts: RoutedExperts) -> tuple[str, str, int]:
 
 
 class Whole:
-    """A model that is loaded whole, in float32 or as asked: as much memory as its weights, and twice that on loading."""
+    """A model that is loaded whole: as much memory as its weights, and twice that while it is loaded."""
 
     def __init__(self, directory: str | os.PathLike, dtype: str = "auto", device: str | torch.device = "cpu"):
         config = read_config(directory)
@@ -79,7 +79,8 @@ class Whole:
 
     @torch.no_grad()
     def _run(self, batch: ReadBatch) -> torch.Tensor:
-        return self.model(**{name: tensor.to(self.device) for name, tensor in batch.arguments.items()}).logits
+        given = {name: tensor.to(self.device) for name, tensor in batch.arguments.items()}
+        return self.model(**given, use_cache=False).logits
 
     def observe(self, batches: Sequence[ReadBatch], make: Make, on_layer: OnLayer) -> Iterator[Observer]:
         observers = [(experts, make(experts)) for experts in self.found]

@@ -46,7 +46,7 @@ class Reading:
 
 
 def cut(sequences: Ids, documents: Sequence[int], longest: int | None) -> tuple[list[list[int]], list[int]]:
-    """Windows of at most `longest` tokens (None: whole sequences), with the document of each; single tokens left out."""
+    """Windows of at most `longest` tokens, None for whole sequences, and the document of each; single tokens go."""
     found: list[list[int]] = []
     of: list[int] = []
     for ids, document in zip(sequences, documents, strict=True):
@@ -76,9 +76,7 @@ def causal(sequences: Ids, documents: Sequence[int], batch_tokens: int = 4096) -
         labels = index.token[following[places]]
         arguments = {"input_ids": batch.ids, "attention_mask": (rows >= 0).long().view(-1, width)}
         sides = {"text": batch.tokens}, {"text": batch.rows}
-        batches.append(
-            ReadBatch(arguments, *sides, places, labels, rows[places], index.block[following[places]])
-        )
+        batches.append(ReadBatch(arguments, *sides, places, labels, rows[places], index.block[following[places]]))
     return Reading(batches, {"text": index})
 
 
@@ -97,15 +95,11 @@ def masked(
         arguments = {"input_ids": ids, "attention_mask": (rows >= 0).long().view_as(ids)}
         sides = {"text": batch.tokens}, {"text": batch.rows}
         read = torch.full_like(places, -1)
-        batches.append(
-            ReadBatch(arguments, *sides, places, index.token[rows[places]], read, index.block[rows[places]])
-        )
+        batches.append(ReadBatch(arguments, *sides, places, index.token[rows[places]], read, index.block[rows[places]]))
     return Reading(batches, {"text": index})
 
 
-def paired(
-    sources: Ids, targets: Ids, documents: Sequence[int], pad: int, batch_sentences: int = 64
-) -> Reading:
+def paired(sources: Ids, targets: Ids, documents: Sequence[int], pad: int, batch_sentences: int = 64) -> Reading:
     """Sentences with their translations. targets begin with the token that decoding begins with; all that follows in
     them is predicted."""
     index = {"source": TextIndex.of(sources, documents), "target": TextIndex.of(targets, documents)}

@@ -125,8 +125,12 @@ HEADS: dict[str, Table] = {
         _EXPERT,
         ("by", STRING, "which token names the class: read (at its place) or predicted; a masked one is predicted only"),
         ("family", STRING, "all, form or frequency"),
-        ("token_class", STRING, "all; of form special, space, digit, punctuation, capitalised, word or piece; of "
-         "frequency frequent, common or rare"),
+        (
+            "token_class",
+            STRING,
+            "all; of form special, space, digit, punctuation, capitalised, word or piece; of "
+            "frequency frequent, common or rare",
+        ),
         ("value", NUMBER, "rise of the loss without the expert, nats a token of this class"),
         *_INTERVAL,
         ("others", NUMBER, "mean rise without one of the other experts of the layer"),
