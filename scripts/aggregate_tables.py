@@ -15,7 +15,9 @@ ROWS_PER_GROUP = 1 << 18
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", required=True, choices=tables.TABLES | tables.EMOE, help="which table")
+    parser.add_argument(
+        "--table", required=True, choices=tables.TABLES | tables.EMOE | tables.HEADS, help="which table"
+    )
     parser.add_argument(
         "--inputs", required=True, nargs="+", help="the models' parquet files, in the order of the rows"
     )

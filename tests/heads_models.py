@@ -6,7 +6,7 @@ import families
 import torch
 
 from moe_atlas.architectures import register
-from moe_atlas.architectures.attention_experts import Call, Circuits
+from moe_atlas.architectures.attention_experts import Call, Circuits, routed_experts
 from moe_atlas.architectures.moa_config import MoAConfig
 
 VOCABULARY = 40
@@ -32,7 +32,10 @@ def moa(objective: str = "causal", **changes: object) -> torch.nn.Module:
     layers = {"num_encoder_layers": 2} if objective == "translation" else {}
     torch.manual_seed(0)
     config = MoAConfig(**(SMALL | layers | {"objective": objective} | changes))
-    return loaders[objective].from_config(config).eval().requires_grad_(False)
+    model = loaders[objective].from_config(config).eval().requires_grad_(False)
+    for experts in routed_experts(model):
+        experts.router.weight.normal_(0, 0.5)  # where k = E it begins with zeros
+    return model
 
 
 def save_moa(directory: Path, objective: str = "causal", **changes: object) -> torch.nn.Module:

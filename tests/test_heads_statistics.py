@@ -12,6 +12,7 @@ from moe_atlas.architectures.attention_experts import Circuits
 from moe_atlas.behavioral.resampling import block_weights
 from moe_atlas.heads import ablation, association, circuits, classes, compare, load, maps
 from moe_atlas.heads.association import Choices, Exchanges, associate
+from moe_atlas.tables import FORMS
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -315,7 +316,7 @@ def planted(experts: int = 4, tokens: int = 800) -> tuple:
     """Expert e is chosen by, and needed for, class e alone: 0.5 nats; without it others lose nothing."""
     of = rng().integers(0, experts, tokens)
     deltas = np.stack([np.where(of == e, 0.5, 0.0) for e in range(experts)]) + rng(1).normal(0, 0.01, (experts, tokens))
-    one = ablation.Classes("read", "form", classes.FORMS[:experts], of)
+    one = ablation.Classes("read", "form", FORMS[:experts], of)
     return deltas, one, np.arange(tokens) * 8 // tokens, block_weights(8, rng(2))
 
 
@@ -325,7 +326,7 @@ def test_the_cost_of_an_expert_is_the_mean_rise_of_its_class_paired_by_document(
     rows = {(row["expert"], row["token_class"]): row for row in ablation.ablation_rows(found, one, None)}
     for e, name in itertools.product(range(4), range(4)):
         mine = deltas[:, one.of == name].mean(1)
-        row = rows[str(e), classes.FORMS[name]]
+        row = rows[str(e), FORMS[name]]
         assert row["value"] == pytest.approx(mine[e], abs=1e-12)
         others = (mine.sum() - mine[e]) / 3
         assert row["others"] == pytest.approx(others) and row["difference"] == pytest.approx(mine[e] - others)
@@ -363,9 +364,9 @@ def test_cost_and_association_of_planted_experts_go_together():
 
 def test_classes_without_a_token_have_no_row_and_no_share():
     deltas, one, blocks, drawn = planted()
-    wider = ablation.Classes("read", "form", classes.FORMS, one.of)
+    wider = ablation.Classes("read", "form", FORMS, one.of)
     rows = ablation.ablation_rows(ablation.costs(deltas, wider, blocks, drawn), wider, None)
-    assert {row["token_class"] for row in rows} == set(classes.FORMS[:4])
+    assert {row["token_class"] for row in rows} == set(FORMS[:4])
     assert np.isnan(ablation.log_shares(one.of[:, None], one.of, 4, 7)[:, 4:]).all()
 
 

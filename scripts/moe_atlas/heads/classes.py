@@ -4,7 +4,6 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-FORMS = ("special", "space", "digit", "punctuation", "capitalised", "word", "piece")
 FREQUENCIES = ("frequent", "common", "rare")
 RARE = 20  # a rare type has fewer tokens in the text
 

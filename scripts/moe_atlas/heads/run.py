@@ -16,9 +16,9 @@ from moe_atlas.heads.model import Host
 from moe_atlas.heads.reading import Reading
 from moe_atlas.heads.record import ChoiceRecord, MapRecord
 from moe_atlas.log import Progress, say
-from moe_atlas.tables import HEADS
+from moe_atlas.tables import FORMS, HEADS
 
-FAMILIES = {"form": classes.FORMS, "frequency": classes.FREQUENCIES}
+FAMILIES = {"form": FORMS, "frequency": classes.FREQUENCIES}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from moe_atlas.tables.across import ACROSS
 from moe_atlas.tables.behavioral import BEHAVIORAL, CHOOSING_SCORES, DOCUMENT_MEASURES, GROUPINGS, SCORES
 from moe_atlas.tables.columns import Table
 from moe_atlas.tables.emoe import EMOE
-from moe_atlas.tables.heads import HEADS
+from moe_atlas.tables.heads import FORMS, HEADS
 from moe_atlas.tables.moa import MOA
 from moe_atlas.tables.parametric import PARAMETRIC
 from moe_atlas.tables.tuning import TUNING
@@ -27,6 +27,7 @@ __all__ = [
     "CHOOSING_SCORES",
     "DOCUMENT_MEASURES",
     "EMOE",
+    "FORMS",
     "GROUPINGS",
     "HEADS",
     "MOA",

@@ -2,7 +2,10 @@
 
 from moe_atlas.tables.columns import INTEGER, LAYER, NUMBER, PAIR, SITE, STRING, Table
 
-_MODEL = ("model", STRING, "row id of config/models.tsv, or STUDY/OBJECTIVE/ARM of a MoA model trained here")
+# Forms of a token, in the order in which they are asked for (moe_atlas.heads.classes).
+FORMS = ("special", "space", "digit", "punctuation", "capitalised", "word", "piece")
+
+_MODEL = ("model", STRING, "row id of config/models.tsv, or STUDY.OBJECTIVE.ARM of a MoA model trained here")
 _CORPUS = ("corpus", STRING, "text that it is on")
 _KIND = ("kind", STRING, "causal, encoder, decoder or cross: whose attention; ffn: of FFN experts")
 _WHERE = (_MODEL, _CORPUS, SITE, _KIND, LAYER)
