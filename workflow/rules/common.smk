@@ -40,6 +40,8 @@ METHODS = {
     "tune_emoe": 1,
     "fetch_moa_data": 1,
     "train_moa": 1,
+    "moa_pairs": 1,
+    "analyse_heads": 1,
 }
 
 

@@ -62,3 +62,5 @@ rule moa:
     input:
         expand("results/tables/{table}.{format}", table=MOA_TABLES, format=["parquet", "csv"]),
         moa_kept_checkpoints(),
+        expand("results/tables/{table}.{format}", table=HEADS, format=["parquet", "csv"]),
+        lambda wildcards: heads_files(),

@@ -3,6 +3,9 @@
 Importing this package imports neither torch nor transformers.
 """
 
+# Model types whose layers have attention experts.
+ATTENTION_EXPERTS = ("jetmoe", "moa")
+
 
 def register() -> None:
     """Make the Auto classes know "deepseek" (DeepSeekMoE v1), "grok-1" and "grok" (two ports of one), "emoe", "moa".

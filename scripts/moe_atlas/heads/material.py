@@ -64,8 +64,16 @@ class Names:
         return self._known[token]
 
 
+def _ids(tokenizer: PreTrainedTokenizerBase, column: pl.Series) -> list[list[int]]:
+    """Token ids of a column of texts, or as it has them, without special tokens."""
+    if column.dtype == pl.String:
+        return [tokenizer.encode(text, add_special_tokens=False) for text in column.to_list()]
+    return column.to_list()
+
+
 def read_material(directory: str | os.PathLike, file: str | os.PathLike, objective: str) -> tuple[Material, Names]:
-    """A corpus parquet as the checkpoint's tokens: column text, or source and target for a translation model.
+    """A corpus parquet as the checkpoint's tokens: column text, or source and target (texts or token
+    ids) for a translation model.
 
     A source ends with the end token, a target begins and ends with its own, as they do in training. AtlasError where
     the columns do not fit the model or hold no two tokens in a row.
@@ -80,9 +88,7 @@ def read_material(directory: str | os.PathLike, file: str | os.PathLike, objecti
         )
     documents = table["document"].to_list() if "document" in table.columns else list(range(len(table)))
     if objective == "translation":
-        sides = [
-            [tokenizer.encode(text, add_special_tokens=False) for text in table[column].to_list()] for column in wanted
-        ]
+        sides = [_ids(tokenizer, table[column]) for column in wanted]
         begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         sources = [[*ids, end] for ids in sides[0]]
         material = Material(sources, documents, [[begin, *ids, end] for ids in sides[1]])
