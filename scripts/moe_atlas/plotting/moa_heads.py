@@ -31,7 +31,7 @@ _LEARNED, _FROZEN, _RANDOM = (
 _DIVERGING = matplotlib.colormaps["RdBu_r"].with_extremes(bad=GREY)
 _SEQUENTIAL = matplotlib.colormaps["viridis"].with_extremes(bad="white")
 _MOST_LAYERS = 4
-_LEFT, _GAP, _HEAD, _TAIL, _BETWEEN = 0.75, 0.16, 0.78, 0.62, 0.56
+_LEFT, _GAP, _HEAD, _TAIL, _BETWEEN = 0.75, 0.16, 0.78, 0.62, 0.66
 
 
 def title_of(name: str, model: str, corpus: str | None = None) -> str:
@@ -119,7 +119,7 @@ def load(model: str, corpus: str, frames: Frames) -> Figure:
             (pl.col("kind") == key[0]) & (pl.col("layer") == key[1]) & (pl.col("measure") == "max_vio")
         )
         value, low, high = own.select("value", "chance_low", "chance_high").row(0)
-        axes.set_xlabel(f"MaxVio {value:.2f} (even: {low:.2f} to {high:.2f})", fontsize=7)
+        axes.set_xlabel(f"MaxVio {value:.2f}\neven: {low:.2f} to {high:.2f}", fontsize=7)
 
     what = "weights: k = E, so every token has all experts" if dense else f"choices, k = {routing['top_k'][0]}"
     subtitle = f"E × an expert's part of all {what}; dashed: even; 95 % intervals over documents; sorted"
@@ -158,8 +158,8 @@ def association(model: str, corpus: str, frames: Frames) -> Figure:
     handles.append(Line2D([], [], label="random router, same states", **_RANDOM))
     if not frozen.is_empty():
         handles.append(Line2D([], [], label="model with a frozen router", **_FROZEN))
-    handles.append(Patch(color="0.8", label="95 % of exchanges in sequences"))
-    handles.append(Line2D([], [], color="0.45", linewidth=0.8, linestyle=":", label="most"))
+    handles.append(Patch(color="0.8", label="95 % of exchanges within sequences"))
+    handles.append(Line2D([], [], color="0.45", linewidth=0.8, linestyle=":", label="most that k choices can tell"))
     _legend(figure, handles)
     return figure
 
