@@ -1,19 +1,27 @@
 """The analysis of whole models: what is read, what each expert's absence costs, and the tables that come of it."""
 
+import subprocess
+import sys
+
 import heads_models
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from workflow_runs import ROOT
 
 from moe_atlas import tables
 from moe_atlas.architectures.attention_experts import routed_experts
 from moe_atlas.errors import AtlasError
 from moe_atlas.heads import reading
-from moe_atlas.heads.material import Material
+from moe_atlas.heads.material import Material, read_material
 from moe_atlas.heads.model import Streamed, Whole, open_host
 from moe_atlas.heads.record import ChoiceRecord
 from moe_atlas.heads.run import Analysis, Settings
+from moe_atlas.moa.registry import word_tokenizer
+from moe_atlas.moa.settings import load_settings
+from moe_atlas.moa.translation import make_task, settings_of
+from moe_atlas.training.tokenizer import save_tokenizer
 
 LENGTHS = (9, 5, 12, 12, 7, 9, 11, 8)
 
@@ -247,3 +255,59 @@ def test_a_model_without_attention_experts_is_refused(tmp_path):
     heads_models.save_moa(tmp_path / "mha", attention="mha")
     with pytest.raises(AtlasError, match="no attention experts"):
         open_host(tmp_path / "mha")
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worded(tmp_path):
+    """A folder with a tokenizer of whole words."""
+    tokenizer = word_tokenizer({"a", "dog", "sees", "cat", "hund", "ser", "kat"})
+    save_tokenizer(tokenizer, tmp_path, 32)
+    return tmp_path, tokenizer
+
+
+def test_pairs_of_texts_and_of_ids_are_read_alike_with_begin_and_end(worded):
+    folder, tokenizer = worded
+    pairs = {"source": ["a dog sees", "a cat"], "target": ["hund ser", "kat"]}
+    pl.DataFrame(pairs).write_parquet(folder / "texts.parquet")
+    ids = {name: [tokenizer.encode(text).ids for text in texts] for name, texts in pairs.items()}
+    pl.DataFrame(ids).write_parquet(folder / "ids.parquet")
+    for file in ("texts.parquet", "ids.parquet"):
+        found, names = read_material(folder, folder / file, "translation")
+        assert found.sequences == [[*one, 2] for one in ids["source"]]
+        assert found.targets == [[1, *one, 2] for one in ids["target"]]
+        assert names.text(ids["target"][0][0]) == "hund" and {0, 1, 2} <= names.special
+
+
+def test_a_file_that_does_not_fit_the_model_ends_with_a_sentence(worded):
+    folder, _ = worded
+    pl.DataFrame({"text": ["a dog"]}).write_parquet(folder / "texts.parquet")
+    with pytest.raises(AtlasError, match="there is no column source, target"):
+        read_material(folder, folder / "texts.parquet", "translation")
+    found, names = read_material(folder, folder / "texts.parquet", "causal")
+    assert [len(ids) for ids in found.sequences] == [2] and found.documents == [0]
+    with pytest.raises(AtlasError, match="has no mask token"):
+        _ = names.mask
+    pl.DataFrame({"text": ["a"]}).write_parquet(folder / "short.parquet")
+    with pytest.raises(AtlasError, match="no two tokens in a row"):
+        read_material(folder, folder / "short.parquet", "causal")
+
+
+def test_the_test_of_the_translation_task_is_written_as_ids(tmp_path):
+    command = [sys.executable, "scripts/moa_pairs.py", "--settings", "config/moa.yaml"]
+    command += ["--objective", "translation", "--output", str(tmp_path / "pairs.parquet")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    frame = pl.read_parquet(tmp_path / "pairs.parquet")
+    task = load_settings(ROOT / "config/moa.yaml").tasks["translation"]
+    sentences = make_task(settings_of(task)).sentences["test"]
+    assert len(frame) == len(sentences) and frame["document"].to_list() == list(range(len(sentences)))
+    tokens = word_tokenizer({token for pair in sentences for side in pair for token in side})
+    assert [len(ids) for ids in frame["source"]] == [len(source) for source, _ in sentences]
+    # One token has one id in all sentences.
+    own = {}
+    for ids, (_, target) in zip(frame["target"], sentences, strict=True):
+        for token, word in zip(ids, target, strict=True):
+            assert own.setdefault(word, token) == token
+    assert len(set(own.values())) == len(own) and tokens.get_vocab_size() > len(own)

@@ -6,7 +6,7 @@
 # Outputs   results/moa/pairs/{objective}.parquet, results/moa/looked/{looked}/{table}.parquet,
 #           results/tables/{table}.{parquet,csv} for the tables of moe_atlas/tables/heads.py,
 #           results/figures/moa/{looked}/{figure}.{png,pdf}
-# Cost      half a minute for a demo model on one core, see README.md. Models of the sheet are read one layer at a time;
+# Cost      a minute for a demo model on one core; for a model of billions a GPU, or fewer heads_loss_tokens. Models of the sheet are read one layer at a time;
 #           the hidden states of one pass for each expert of each layer lie in a file beside the outputs where they do
 #           not fit. MoA models are loaded whole: as much memory as their weights, twice while they are loaded
 rule moa_pairs:
