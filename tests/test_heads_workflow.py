@@ -16,7 +16,7 @@ ALONE = ("--config", "moa=alone.yaml", *AMOUNTS)
 
 @pytest.fixture(scope="module")
 def atlas(tmp_path_factory):
-    """A copy of the repository with one small JetMoE of a folder, one model without attention experts, two short texts,
+    """A copy of the repository with one small JetMoE of a folder, one model without attention experts, a short text,
     and settings that keep no MoA model."""
     folder = copy_repository(tmp_path_factory.mktemp("attention experts") / "atlas")
     tokenizer = ROOT / "tests/data/oracle/checkpoints/mixtral"
@@ -28,7 +28,7 @@ def atlas(tmp_path_factory):
     local = rows["demo-jetmoe"] | {"model": "local", "source": "path:local"}
     write_sheet(folder / "config/models.tsv", [local, rows["demo-olmoe"]])
     corpora = {row["corpus"]: row for row in read_sheet(folder / "config/corpora.tsv")}
-    write_sheet(folder / "config/corpora.tsv", [corpora[name] | {"max_sequences": "12"} for name in ("prose", "code")])
+    write_sheet(folder / "config/corpora.tsv", [corpora[name] | {"max_sequences": "12"} for name in ("prose",)])
     settings = yaml.safe_load((folder / "config/moa.yaml").read_text(encoding="utf-8"))
     (folder / "alone.yaml").write_text(yaml.safe_dump(settings | {"keep": []}), encoding="utf-8")
     return folder
@@ -36,7 +36,7 @@ def atlas(tmp_path_factory):
 
 def test_a_row_with_attention_experts_is_looked_into_and_no_other(atlas):
     jobs = counts(planned(atlas, "results/tables/moa_sites.csv", *ALONE))
-    assert jobs == {"prepare_corpus": 2, "describe_checkpoint": 1, "analyse_heads": 1, "aggregate_heads": 1}
+    assert jobs == {"prepare_corpus": 1, "describe_checkpoint": 1, "analyse_heads": 1, "aggregate_heads": 1}
 
 
 def test_the_models_that_the_experiments_keep_are_looked_into(atlas):
@@ -62,5 +62,5 @@ def test_a_checkpoint_of_a_folder_has_its_tables_and_figures_once(atlas):
         frame = tables.read(name, atlas / f"results/moa/looked/local/{name}.parquet")
         assert frame["model"].unique().to_list() == ["local"], name
     frame = tables.read("moa_ablation", atlas / "results/tables/moa_ablation.parquet")
-    assert set(frame["corpus"]) == {"prose", "code"}
+    assert set(frame["corpus"]) == {"prose"}
     assert planned(atlas, figure, *ALONE) == []
