@@ -8,12 +8,12 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from moe_atlas.log import run
-from moe_atlas.training.recipes import get, load
+from moe_atlas.training.recipes import get, load_all
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--recipe", required=True, help=f"one of {', '.join(load())}")
+    parser.add_argument("--recipe", required=True, help=f"one of {', '.join(load_all())}")
     parser.add_argument("--steps-factor", type=float, default=1.0, help="multiplies the recipe's number of steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of the texts")
     parser.add_argument("--start-from", type=Path, help="directory of the recipe that this one starts from")

@@ -146,3 +146,17 @@ def frames() -> dict[str, pl.DataFrame]:
         "emoe_mechanism": mechanism(), "emoe_correlation": correlation(), "emoe_selection": selection(),
         "emoe_differences": differences(), "emoe_runs": runs(), "emoe_training_selection": training(),
     }  # fmt: skip
+
+
+def two_backbones() -> dict[str, pl.DataFrame]:
+    """The same with a second model, an encoder that was only tuned, in a study of its own and in other layers."""
+    found = frames()
+    for name in ("emoe_differences", "emoe_runs", "emoe_training_selection"):
+        second = found[name].filter(pl.col("study") == "arms")
+        renamed = {"study": "encoder", "model": "toy-encoder", "backbone": "bert"}
+        second = second.with_columns(**{key: pl.lit(value) for key, value in renamed.items()})
+        if name == "emoe_differences":
+            second = second.filter(pl.col("arm") != "dense-noise").with_columns(pl.col("difference") + 0.3)
+        first = found[name].with_columns(backbone=pl.lit("mistral"))
+        found[name] = pl.concat([first, second.select(first.columns)])
+    return found

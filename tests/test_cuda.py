@@ -1,5 +1,7 @@
 """What runs on a GPU gives what the processor gives. Skipped where there is none."""
 
+import copy
+
 import families
 import polars as pl
 import pytest
@@ -8,6 +10,8 @@ from polars.testing import assert_frame_equal
 from test_emoe_tuning import frame
 from transformers import BertConfig, BertForMaskedLM
 
+from moe_atlas.architectures.moa import MoAAttention
+from moe_atlas.architectures.moa_config import MoAConfig
 from moe_atlas.checkpoints import Checkpoint
 from moe_atlas.layer_weights import Stack
 from moe_atlas.probe import extract
@@ -94,3 +98,23 @@ def test_experts_on_their_way_to_a_gpu_lie_in_locked_pages():
         place = stack.tensor
         del stack
         assert not place.is_pinned() and place.sum().item() == place.numel()
+
+
+@pytest.mark.parametrize("dispatch", ["auto", "gather", "sparse"])
+def test_attention_experts_give_what_the_processor_gives(dispatch):
+    """Outputs and gradients of both ways of evaluating them; on a GPU "auto" evaluates all."""
+    config = MoAConfig(hidden_size=16, head_dim=8, num_attention_experts=16, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    here = MoAAttention(config, 0, "causal")
+    for parameter in here.parameters():
+        torch.nn.init.normal_(parameter)
+    there = copy.deepcopy(here).to("cuda")
+    there.dispatch = dispatch
+    assert there.gathers() == (dispatch != "sparse")
+    hidden, found = torch.randn(3, 20, 16), []
+    for block in (here, there):
+        output = block(hidden.to(block.query.device)).output
+        output.square().sum().backward()
+        found.append([output.cpu(), *(parameter.grad.cpu() for parameter in block.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-3, rtol=1e-3)

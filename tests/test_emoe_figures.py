@@ -13,7 +13,7 @@ from test_plotting import check_text, texts
 from moe_atlas.errors import AtlasError
 from moe_atlas.plotting.emoe import GATES
 from moe_atlas.plotting.emoe_figure import draw
-from moe_atlas.plotting.registry import EMOE_FIGURES
+from moe_atlas.plotting.registry import EMOE_FIGURES, EMOE_TUNING
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,22 @@ def test_every_figure_has_a_title_with_the_model_and_no_text_that_is_cut_or_over
     title = drawn.texts[0].get_text()
     assert title.startswith("toy · ") and title.endswith(EMOE_FIGURES[figure].title)
     assert ("prose" in title) == bool(EMOE_FIGURES[figure].kinds)
+
+
+def test_two_backbones_do_not_mix_in_a_figure(frames):
+    both = emoe_tables.two_backbones()
+    for name in EMOE_TUNING:
+        assert [points_of(axes) for axes in draw(name, "toy", both).axes] == [
+            points_of(axes) for axes in draw(name, "toy", frames).axes
+        ]
+    drawn = draw("arms", "toy-encoder", both)
+    check_text(drawn)
+    assert [text.get_text().split(" − ")[0] for text in drawn.axes[0].get_yticklabels()] == list(ARMS[:3])
+    values = [x for axes in drawn.axes for x, _ in points_of(axes)]
+    assert len(values) == 3 * len(drawn.axes) and min(values) > 0.25  # its differences are 0.3 larger
+    check_text(draw("selection", "toy-encoder", both))
+    for name in ("grid", "layers", "fraction"):  # its study varies none of these
+        assert not draw(name, "toy-encoder", both).axes
 
 
 def test_the_report_has_a_caption_for_every_figure():

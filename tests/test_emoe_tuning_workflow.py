@@ -84,7 +84,20 @@ def test_faulty_settings_end_the_run_with_a_sentence(atlas):
 def test_the_shipped_settings_need_these_jobs():
     settings = load_settings(ROOT / "config/emoe.yaml")
     expected = {"prepare_task": len(settings.tasks), "tune_emoe": len(settings.jobs()), "compare_emoe": 1}
-    assert counts(planned(ROOT, "--forceall", TARGET)) == expected | {"train_demo_checkpoint": 1}
+    jobs = planned(ROOT, "--forceall", TARGET)
+    assert counts(jobs) == expected | {"train_demo_checkpoint": len(settings.models)}
+    assert {job.wildcards["recipe"] for job in jobs if job.rule == "train_demo_checkpoint"} == set(settings.models)
+
+
+def test_each_model_has_the_figures_of_what_its_studies_vary():
+    """Both backbones, though only the causal one is read before the tuning and has its N, k, layers and data varied."""
+    settings = load_settings(ROOT / "config/emoe.yaml")
+    assert [settings.varied(model) for model in settings.models] == [{"grid", "layers", "fraction"}, set()]
+    jobs = [job for job in planned(ROOT, "--forceall", "emoe") if job.rule == "plot_emoe"]
+    figures = {model: {job.wildcards["figure"] for job in jobs if job.wildcards["backbone"] == model}
+               for model in settings.models}  # fmt: skip
+    assert figures["demo-mistral"] >= {"arms", "selection", "grid", "layers", "fraction"}
+    assert figures["demo-encoder"] == {"arms", "selection"}
 
 
 def test_the_settings_of_the_paper_are_whole():

@@ -43,7 +43,7 @@ def results(tmp_path_factory):
     for name in tables.ACROSS:
         frame = pl.concat([synthetic.across(toy)[name] for toy in toys])
         tables.write(name, frame, folder / "tables" / f"{name}.parquet")
-    for name, frame in emoe_tables.frames().items():
+    for name, frame in emoe_tables.two_backbones().items():
         tables.write(name, frame, folder / "tables" / f"{name}.parquet")
     return folder
 
@@ -80,7 +80,11 @@ def test_notebook_is_stripped_and_declares_its_parameters(name):
         ("behavioral", {"model": "toy-eight", "corpora": ["prompt", "prose"]}, ["MaxVio", "prose", "chance"]),
         ("behavioral", {"model": "toy-dense"}, ["this is a dense model"]),
         ("comparison", {"models": ["toy-eight", "toy-dense"]}, ["Dense models", "toy-dense"]),
-        ("emoe", {"corpora": ["prose"]}, ["Dense models: toy; texts: prose", "Of 52 differences that vary"]),
+        (
+            "emoe",
+            {"corpora": ["prose"]},
+            ["Dense models: toy; texts: prose", "toy-encoder (bert)", "Of 64 differences"],
+        ),
     ],
 )
 def test_notebook_runs_and_its_page_needs_no_network(results, name, parameters, expected):

@@ -2,8 +2,8 @@
 #
 # Inputs    config/models.tsv; the recipes; config.json of a path: row's folder; the Hub for an hf: row
 # Outputs   results/checkpoints/{recipe}/training.json, the weights beside it; results/models/{model}/checkpoint.json
-# Cost      about a minute a demo training on two cores; one read of every weight file for the description; no GPU.
-#           The network is asked here and in fetch_use_delete.smk only, for the weights.
+# Cost      about a minute a demo training on two cores, two for an encoder; one read of every weight file for the
+#           description; no GPU. The network is asked here and in fetch_use_delete.smk only, for the weights.
 rule train_demo_checkpoint:
     """Train a demo model. The weights lie beside the declared file, so that a failure never deletes them."""
     input:

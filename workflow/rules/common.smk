@@ -50,13 +50,14 @@ def load_sheets():
     try:
         checked = sheets.load_config(config)
         recipe_list = recipes.load()
+        encoders = recipes.load_encoders()  # no rows of the atlas: they are for make emoe alone
         models = sheets.load_models(checked["models"], list(recipe_list))
         corpora = sheets.load_corpora(checked["corpora"], DEMO_CORPORA)
         load_claims(checked["claims"])
         load_published(checked["published"])
     except AtlasError as error:
         raise WorkflowError(str(error)) from None
-    return checked, models, corpora, recipe_list
+    return checked, models, corpora, recipe_list | encoders
 
 
 CONFIG, MODELS, CORPORA, RECIPES = load_sheets()

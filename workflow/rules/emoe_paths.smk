@@ -60,9 +60,11 @@ def emoe_mechanism_files():
 
 
 def emoe_tuned_files():
-    """Figures of every model that is tuned."""
+    """Figures of every model that is tuned, without those of what its studies do not vary."""
     models = dict.fromkeys(job.model for job in TUNINGS.jobs())
-    return [f"results/figures/emoe/{model}/{name}.png" for model in models for name in EMOE_TUNING]
+    wanted = {model: {"arms", "selection"} | TUNINGS.varied(model) for model in models}
+    figures = [(model, name) for model in models for name in EMOE_TUNING if name in wanted[model]]
+    return [f"results/figures/emoe/{model}/{name}.png" for model, name in figures]
 
 
 def emoe_shown():

@@ -33,6 +33,11 @@ def pack(encoded: list[list[int]], length: int, rng: np.random.Generator) -> np.
     return np.concatenate([np.full((count, 1), BOS_ID), body], axis=1)
 
 
+def pieces(encoded: list[list[int]], length: int) -> list[list[int]]:
+    """The texts cut into pieces of length - 1 tokens, the last of each text shorter: room is left for `<s>`."""
+    return [ids[i : i + length - 1] for ids in encoded for i in range(0, len(ids), length - 1)]
+
+
 class Batches:
     """Endless training batches of a mix of domains.
 

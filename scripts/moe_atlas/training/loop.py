@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from moe_atlas.log import Progress
 from moe_atlas.training.balance import RouterLogits
-from moe_atlas.training.data import Batches
+from moe_atlas.training.data import Batches, pieces
 from moe_atlas.training.tokenizer import BOS_ID
 
 # Sums over a matrix are split among threads, so their last bits, and with them the trained weights, depend on
@@ -46,8 +46,12 @@ def train(
     learning_rate: float,
     balance: float,
     at_half: Callable[[], None] | None = None,
+    objective: Callable[[nn.Module, torch.Tensor], torch.Tensor] = next_token_loss,
 ) -> list[float]:
-    """Train `model` in place and return the cross-entropy of each step; `at_half` is called after steps // 2."""
+    """Train `model` in place and return the cross-entropy of each step; `at_half` is called after steps // 2.
+
+    `objective` gives the mean cross-entropy of a batch of token ids (batch, length).
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     routers = RouterLogits(model)
@@ -55,7 +59,7 @@ def train(
     losses = []
     model.train()
     for step in range(1, steps + 1):
-        loss = next_token_loss(model, batches.next())
+        loss = objective(model, batches.next())
         balancing = routers.loss()
         (loss + balance * balancing).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,11 +81,10 @@ def held_out_loss(model: nn.Module, encoded: list[list[int]], length: int, batch
 
     Each text is cut into pieces of length - 1 tokens, each read behind `<s>`; every token but `<s>` counts.
     """
-    pieces = [ids[i : i + length - 1] for ids in encoded for i in range(0, len(ids), length - 1)]
-    pieces.sort(key=len)
+    cut = sorted(pieces(encoded, length), key=len)
     total, tokens = 0.0, 0
-    for start in range(0, len(pieces), batch):
-        group = pieces[start : start + batch]
+    for start in range(0, len(cut), batch):
+        group = cut[start : start + batch]
         ids = torch.full((len(group), max(map(len, group)) + 1), BOS_ID)
         targets = torch.full_like(ids[:, 1:], -100)
         for row, piece in enumerate(group):

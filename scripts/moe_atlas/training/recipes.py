@@ -45,8 +45,15 @@ class Recipe:
         return self.config["model_type"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Encoder(Recipe):
+    """An encoder that learns to fill in masked tokens: `masked` is the share of them in training."""
+
+    masked: float
+
+
 def load(path: Path = RECIPES_FILE) -> dict[str, Recipe]:
-    """Read the recipes by name. Raises AtlasError for a start or a mix that cannot be."""
+    """Read the recipes of causal models by name. Raises AtlasError for a start or a mix that cannot be."""
     text = yaml.safe_load(path.read_text(encoding="utf-8"))
     shared = dict(text["shared"])
     shared_config = shared.pop("config")
@@ -61,9 +68,30 @@ def load(path: Path = RECIPES_FILE) -> dict[str, Recipe]:
     return recipes
 
 
+def load_encoders(path: Path = RECIPES_FILE) -> dict[str, Encoder]:
+    """Read the recipes of encoders by name. Raises AtlasError for a mix or a share of masks that cannot be.
+
+    They are no rows of an atlas, which is of causal models, and so no part of load().
+    """
+    text = yaml.safe_load(path.read_text(encoding="utf-8"))
+    encoders = {name: Encoder(name=name, **fields) for name, fields in text["encoders"].items()}
+    for name, encoder in encoders.items():
+        if name in text["recipes"]:
+            raise AtlasError(f"{path.name}, {name}: there is a recipe of this name too; give the encoder another one.")
+        if not 0 < encoder.masked < 1:
+            raise AtlasError(f"{path.name}, {name}: masked is a share of the tokens, between 0 and 1.")
+        _check(encoder, {}, path)
+    return encoders
+
+
+def load_all() -> dict[str, Recipe]:
+    """The recipes of causal models and of encoders, by name."""
+    return load() | load_encoders()
+
+
 def get(name: str) -> Recipe:
     """One recipe by name; an unknown name is an AtlasError that lists the known ones."""
-    recipes = load()
+    recipes = load_all()
     if name not in recipes:
         raise AtlasError(f"recipe {name!r} is not in {RECIPES_FILE.name}; choose one of {', '.join(recipes)}.")
     return recipes[name]

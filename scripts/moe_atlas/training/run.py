@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from moe_atlas import architectures
 from moe_atlas.errors import AtlasError
 from moe_atlas.files import sha256, write_json
 from moe_atlas.log import say
 from moe_atlas.training.data import Batches, encode, texts_of, unigram, unigram_loss
-from moe_atlas.training.loop import THREADS, held_out_loss, make_deterministic, train
-from moe_atlas.training.recipes import Recipe
+from moe_atlas.training.loop import THREADS, held_out_loss, make_deterministic, next_token_loss, train
+from moe_atlas.training.masked import MaskedLoss, held_out_masked_loss
+from moe_atlas.training.recipes import Encoder, Recipe
 from moe_atlas.training.save import save_checkpoint
 from moe_atlas.training.tokenizer import demo_tokenizer
 from moe_atlas.training.upcycle import upcycle
@@ -28,11 +29,14 @@ _VERSIONS = ("torch", "transformers", "tokenizers")
 def build_model(recipe: Recipe, start: Path | None = None) -> PreTrainedModel:
     """The model of a recipe before its first step: random, or with the weights of the checkpoint `start`.
 
-    The checkpoint is of the same class (trained on) or the dense twin of a Mixtral (upcycled).
+    The checkpoint is of the same class (trained on) or the dense twin of a Mixtral (upcycled). An encoder starts from
+    nothing.
     """
     architectures.register()
     settings = dict(recipe.config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    if isinstance(recipe, Encoder):
+        return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
     # Of the experts implementations, the loop over experts is the one that is fast on a CPU at every width.
     options = {"dtype": torch.float32, "experts_implementation": "eager"}
     if start is None:
@@ -53,7 +57,7 @@ def train_recipe(recipe: Recipe, output: Path, steps_factor: float, seed: int, s
     """
     steps = max(2, round(recipe.steps * steps_factor))
     make_deterministic(seed)
-    tokenizer = demo_tokenizer(recipe.tokenizer_size)
+    tokenizer = demo_tokenizer(recipe.tokenizer_size, masks=isinstance(recipe, Encoder))
     start = _start_folder(recipe, start_from, tokenizer)
     model = build_model(recipe, start)
     folder = output.parent
@@ -71,7 +75,8 @@ def train_recipe(recipe: Recipe, output: Path, steps_factor: float, seed: int, s
         def at_half() -> None:
             save_checkpoint(model, tokenizer, folder / "half", recipe.shard_size)
 
-    losses = train(model, batches, steps, recipe.learning_rate, recipe.balance, at_half)
+    objective = MaskedLoss(recipe.masked, seed) if isinstance(recipe, Encoder) else next_token_loss
+    losses = train(model, batches, steps, recipe.learning_rate, recipe.balance, at_half, objective)
 
     perplexity, baseline, tokens = _evaluate(model, recipe, tokenizer, trained, domains)
     _check(recipe, perplexity["overall"], baseline["overall"], steps_factor)
@@ -120,13 +125,19 @@ def _start_folder(recipe: Recipe, start_from: Path | None, tokenizer: Tokenizer)
 def _evaluate(
     model, recipe: Recipe, tokenizer: Tokenizer, trained: dict, domains: list[str]
 ) -> tuple[dict, dict, dict]:
-    """Held-out perplexity of the model and of the unigram model, and tokens, by domain and over prose and code."""
+    """Held-out perplexity of the model and of the unigram model, and tokens, by domain and over prose and code.
+
+    Of an encoder all three are of the masked tokens.
+    """
     probabilities = unigram({domain: trained[domain] for domain in BASELINE}, recipe.tokenizer_size)
     sums = {}
     for domain in domains:
         encoded = encode(tokenizer, texts_of(domain, training=False))
-        loss, tokens = held_out_loss(model, encoded, recipe.sequence_length)
-        sums[domain] = (loss, unigram_loss(probabilities, encoded)[0], tokens)
+        if isinstance(recipe, Encoder):
+            sums[domain] = held_out_masked_loss(model, encoded, recipe.sequence_length, probabilities)
+        else:
+            loss, tokens = held_out_loss(model, encoded, recipe.sequence_length)
+            sums[domain] = (loss, unigram_loss(probabilities, encoded)[0], tokens)
     sums["overall"] = tuple(sum(column) for column in zip(*(sums[domain] for domain in BASELINE), strict=True))
     perplexity = {name: math.exp(loss / tokens) for name, (loss, _, tokens) in sums.items()}
     baseline = {name: math.exp(loss / tokens) for name, (_, loss, tokens) in sums.items()}

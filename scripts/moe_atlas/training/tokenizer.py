@@ -10,11 +10,15 @@ from moe_atlas.files import write_json
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-PAD, MASK = "<pad>", "<mask>"  # behind all others, in tokenizers of models that need them
+PAD, MASK = "<pad>", "<mask>"  # of models that need them; MoA's lie behind all others
+PAD_ID, MASK_ID = 3, 4  # of encoders
 
 
-def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
-    """A byte-level BPE of `size` entries; `<unk>` is 0, `<s>` 1 and put before every text, `</s>` 2."""
+def train_tokenizer(texts: list[str], size: int, masks: bool = False) -> Tokenizer:
+    """A byte-level BPE of `size` entries; `<unk>` is 0, `<s>` 1 and put before every text, `</s>` 2.
+
+    With `masks` `<pad>` is 3 and `<mask>` 4, and there are two merges fewer.
+    """
     # The merges do not depend on the number of threads, but a forked worker would make the library warn.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
@@ -22,7 +26,7 @@ def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
-        special_tokens=[UNK, BOS, EOS],
+        special_tokens=[UNK, BOS, EOS, *((PAD, MASK) if masks else ())],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -33,21 +37,23 @@ def train_tokenizer(texts: list[str], size: int) -> Tokenizer:
     return tokenizer
 
 
-def demo_tokenizer(size: int) -> Tokenizer:
-    """The tokenizer that all demo models share, trained on prose-train and code-train."""
-    return train_tokenizer([text for name in ("prose-train", "code-train") for _, text in demo_texts(name)], size)
+def demo_tokenizer(size: int, masks: bool = False) -> Tokenizer:
+    """The tokenizer that all demo models share, or with `masks` all encoders, trained on prose-train and code-train."""
+    texts = [text for name in ("prose-train", "code-train") for _, text in demo_texts(name)]
+    return train_tokenizer(texts, size, masks)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
     """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads."""
     tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"unk_token": UNK, "bos_token": BOS, "eos_token": EOS}
+    if tokenizer.token_to_id(MASK) is not None:
+        special |= {"pad_token": PAD, "mask_token": MASK}
     write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "unk_token": UNK,
-            "bos_token": BOS,
-            "eos_token": EOS,
+            **special,
             "model_max_length": longest,
             "clean_up_tokenization_spaces": False,
         },

@@ -82,6 +82,17 @@ class Settings:
         """Whether a task tunes a language model on instructions, and not a classifier."""
         return self.tasks[task]["source"].startswith(_INSTRUCTIONS)
 
+    def varied(self, model: str) -> set[str]:
+        """What the studies of a model vary: "grid" (N or k), "layers", "fraction"."""
+        studies = [study for study in self.studies.values() if model in study.models]
+        shapes = [shape for study in studies for shape in study.shapes]
+        values = {
+            "grid": {(shape.experts, shape.k) for shape in shapes},
+            "layers": {shape.layers for shape in shapes},
+            "fraction": {fraction for study in studies for fraction in study.fractions},
+        }
+        return {name for name, found in values.items() if len(found) > 1}
+
     def job(self, study: str, model: str, task: str, part: int) -> Job:
         """The job of these names. AtlasError where there is none."""
         for job in self.jobs():
