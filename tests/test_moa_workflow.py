@@ -61,7 +61,7 @@ def test_the_tables_have_every_run(atlas):
     assert once.equals(again)
     difference = tables.read("moa_differences", atlas / "results/tables/moa_differences.parquet").row(0, named=True)
     assert (difference["arm"], difference["baseline"], difference["seeds"]) == ("moa", "mha", 2)
-    for name in ("moa_runs", "moa_curves", "moa_throughput", "moa_differences"):
+    for name in ("moa_runs", "moa_curves", "moa_throughput", "moa_arms", "moa_differences"):
         table = tables.read(name, atlas / f"results/tables/{name}.parquet")
         assert len(pl.read_csv(atlas / f"results/tables/{name}.csv", infer_schema=False)) == len(table) > 0
 

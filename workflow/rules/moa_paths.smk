@@ -11,7 +11,7 @@ MOA_RUN = "results/moa/runs/{study}/{objective}/{arm}"
 MOA_CHECKPOINT = "results/moa/checkpoints/{study}/{objective}/{arm}/seed-0"
 MOA_DATA = "results/moa/data/{data}"
 # Tables that are put together from all runs.
-MOA_COMPARED = ["moa_runs", "moa_curves", "moa_throughput", "moa_differences"]
+MOA_COMPARED = ["moa_runs", "moa_curves", "moa_throughput", "moa_arms", "moa_differences"]
 MOA_TABLES = [name for name, declared in MOA.items() if declared.path == f"tables/{name}.parquet"]
 
 
