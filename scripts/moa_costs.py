@@ -1,4 +1,4 @@
-"""Set parameters and multiply-accumulates that the MoA paper printed beside those of our formulas, as parquet and CSV."""
+"""Set the sizes that the MoA paper printed beside those of our formulas, as parquet and CSV."""
 
 import argparse
 import os
