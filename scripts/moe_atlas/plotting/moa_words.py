@@ -121,8 +121,8 @@ def load(routing: pl.DataFrame) -> str:
         worst, dead = (rows.filter(kind=kind, measure=measure) for measure in ("max_vio", "dead"))
         above = worst.filter(pl.col("value") > pl.col("chance_high"))
         parts.append(
-            f"{kind}: MaxVio {span_text(worst['value'])} ({span_text(worst['chance'])} for even and independent choices, "
-            f"95 % of which are below it in {len(above)} of {len(worst)} layers and texts), "
+            f"{kind}: MaxVio {span_text(worst['value'])} (even and independent choices: {span_text(worst['chance'])}; "
+            f"above what holds 95 % of them in {len(above)} of {len(worst)} layers and texts), "
             f"{dead['value'].sum():.0f} experts that no token chose"
         )
     return "; ".join(parts) + "."
