@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from matplotlib.transforms import Bbox
 
 _MARKER, _BAR = 3.5, 1.0  # half widths in points, with some air
-_DISTANCES = (5, 11, 18, 27, 38, 52)
-_DIRECTIONS = [math.radians(angle) for angle in (0, 180, 40, -40, 140, -140, 80, -80, 100, -100)]
+_DISTANCES = (5, 11, 18, 27, 38, 52, 68)
+_DIRECTIONS = [math.radians(angle) for angle in (0, 180, 20, -20, 160, -160, 45, -45, 135, -135, 80, -80, 100, -100)]
 _LEADER = 10  # from this many points on a line leads to the point
 
 
@@ -35,7 +35,7 @@ def place_labels(
         (left, bottom), (_, top) = where((x, low)), where((x, high))
         taken.append(Bbox([[left - _BAR * scale, bottom], [left + _BAR * scale, top]]))
     frame = axes.get_window_extent(renderer)
-    found = []
+    found, written = [], []
     for x, y, name, colour in sorted(names, key=lambda point: (point[1], point[0])):
         options = {"textcoords": "offset points", "fontsize": 7, "annotation_clip": False, "color": colour}
         text = axes.annotate(name, (x, y), (0, 0), **options)
@@ -45,7 +45,8 @@ def place_labels(
         for distance, angle in itertools.product(_DISTANCES, _DIRECTIONS):
             middle = _middle(at, size, distance * scale, angle)
             box = _around(*middle, size.width / 2, size.height / 2)
-            cost = sum(_covered(box, other) for other in taken) + 3 * (size.width * size.height - _covered(box, frame))
+            cost = sum(_covered(box, other) for other in taken) + sum(4 * _covered(box, other) for other in written)
+            cost += 6 * (size.width * size.height - _covered(box, frame))
             own = _away(box, at)
             cost += 20 * scale**2 * sum(_away(box, other) < 0.9 * own for other in middles)
             if best is None or cost < best[0] - 1e-6:
@@ -59,7 +60,7 @@ def place_labels(
             line = {"arrowstyle": "-", "color": "0.45", "linewidth": 0.5, "shrinkA": 1, "shrinkB": 3}
             text.remove()
             text = axes.annotate(name, (x, y), offset, ha="center", va="center", arrowprops=line, **options)
-        taken.append(box)
+        written.append(box)
         found.append(text)
     return found
 
