@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import emoe_tables
+import heads_models
+import moa_tables
 import nbformat
 import pytest
 import synthetic
@@ -20,6 +22,7 @@ PARAMETERS = {
     "behavioral": {"model", "corpora", "results"},
     "comparison": {"models", "corpora", "results"},
     "emoe": {"models", "corpora", "results"},
+    "moa": {"models", "objectives", "results"},
 }
 
 
@@ -48,6 +51,23 @@ def results(tmp_path_factory):
     return folder
 
 
+def heads_tables(folder):
+    """Tables of attention experts of a tiny JetMoE and of a tiny MoA with a frozen router."""
+    import polars as pl
+    from test_heads_run import SETTINGS, Names, material
+
+    from moe_atlas.heads.model import open_host
+    from moe_atlas.heads.run import Analysis
+
+    heads_models.save_jetmoe(folder / "models" / "tiny-jetmoe")
+    heads_models.save_moa(folder / "models" / "frozen", frozen_router=True)
+    found = []
+    for name, model in (("tiny-jetmoe", "tiny-jetmoe"), ("frozen", "router.causal.moa-frozen")):
+        analysis = Analysis(open_host(folder / "models" / name, "float32"), model, Names(), SETTINGS)
+        found.append(analysis.tables({"prose": material(repeat=4)}))
+    return {name: pl.concat([one[name] for one in found]) for name in tables.HEADS}
+
+
 def run(notebook, executed, html, parameters, cwd):
     command = [sys.executable, ROOT / "scripts" / "run_notebook.py", "--notebook", notebook, "--executed", executed]
     command += ["--html", html, "--parameters", parameters if isinstance(parameters, str) else json.dumps(parameters)]
@@ -55,7 +75,7 @@ def run(notebook, executed, html, parameters, cwd):
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, env=environment)
 
 
-def test_there_are_four():
+def test_there_are_five():
     assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(PARAMETERS)
 
 
@@ -102,6 +122,17 @@ def test_notebook_runs_and_its_page_needs_no_network(results, name, parameters, 
         assert text.count("data:image/png") >= 6
     notebook = nbformat.read(executed, as_version=4)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_moa_without_rows_says_so(tmp_path):
+    """Published costs need no training: they alone are there."""
+    tables.write("moa_costs", moa_tables.costs(), tmp_path / "results/tables/moa_costs.parquet")
+    executed, html = tmp_path / "moa.ipynb", tmp_path / "moa.html"
+    done = run(NOTEBOOKS / "moa.ipynb", executed, html, {}, tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = html.read_text(encoding="utf-8")
+    assert "Objectives: none. Models that are looked into: none." in text and "Nothing was trained in this run." in text
+    assert "1 of 2 published counts" in text and text.count("No rows.") >= 6 and "data:image/png" not in text
 
 
 def small_notebook(path, *sources, tag="parameters"):
