@@ -14,7 +14,7 @@ from moe_atlas.plotting.heads_figure import draw
 from moe_atlas.plotting.registry import HEADS_FIGURES
 from moe_atlas.tables import FORMS
 
-MOA, FROZEN = "language.causal.moa", "router.causal.moa-frozen"
+MOA, FROZEN = "language.causal.moa-2k16e16d-no-loss", "router.causal.moa-2k16e16d-frozen"
 
 
 @pytest.fixture(scope="module")

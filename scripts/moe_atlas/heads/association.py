@@ -69,7 +69,7 @@ class Exchanges:
         self.orders = []
         for _ in range(draws):
             shuffled = np.lexsort((generator.random(len(sequences)), sequences))
-            drawn = np.empty_like(order)
+            drawn = np.empty(len(order), dtype=np.int32)  # there are many
             drawn[order] = shuffled
             self.orders.append(drawn)
 

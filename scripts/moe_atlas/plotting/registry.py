@@ -91,12 +91,12 @@ EMOE_FIGURES = EMOE_MECHANISM | EMOE_TUNING
 # Figures of attention experts, of one model of the sheet or one MoA model that was trained here.
 HEADS_FIGURES: dict[str, Experiment] = {
     "load": Experiment("Load of attention experts", ("moa_load", "moa_routing"), ("long",)),
-    "association": Experiment("What token types tell of the chosen experts", ("moa_association",), ("long",)),
-    "circuits": Experiment("Similarity of the experts' circuits", ("moa_circuits",), ()),
-    "distance": Experiment("How far attention experts look", ("moa_maps",), ("long",)),
-    "divergence": Experiment("Divergence of the experts' attention maps", ("moa_maps",), ("long",)),
-    "ablation": Experiment("Rise of the loss without an expert", ("moa_ablation",), ("long",)),
-    "sites": Experiment("Attention experts beside FFN experts", ("moa_sites",), ("long",)),
+    "association": Experiment("Token types and experts", ("moa_association",), ("long",)),
+    "circuits": Experiment("Similarity of circuits", ("moa_circuits",), ()),
+    "distance": Experiment("Distance of attention", ("moa_maps",), ("long",)),
+    "divergence": Experiment("Divergence of attention maps", ("moa_maps",), ("long",)),
+    "ablation": Experiment("Loss without an expert", ("moa_ablation",), ("long",)),
+    "sites": Experiment("Attention beside FFN experts", ("moa_sites",), ("long",)),
 }
 
 # Figures of the MoA experiments, of one objective; kinds are those of the objectives that have the figure.

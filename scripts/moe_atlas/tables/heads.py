@@ -73,7 +73,8 @@ HEADS: dict[str, Table] = {
         ("chance", NUMBER, "mean when experts are exchanged: among the tokens of a sequence; among experts (ablation)"),
         *_RANGE,
         ("corrected", NUMBER, "value - chance"),
-        *_INTERVAL,
+        ("low", NUMBER, "95 % interval of corrected over documents; null below 5 of them, and of ablation"),
+        ("high", NUMBER, "its upper end"),
         ("p_value", NUMBER, "share of exchanges that reach the value"),
         ("most", NUMBER, "information that k choices can have at most: 1 - log k / H(expert)"),
         ("types", INTEGER, "token types; of ablation cells of experts and classes"),
@@ -157,6 +158,7 @@ HEADS: dict[str, Table] = {
         ("attention", NUMBER, "of the layer's attention experts"),
         ("ffn", NUMBER, "of its FFN experts"),
         ("difference", NUMBER, "attention - ffn"),
-        *_INTERVAL,
+        ("low", NUMBER, "95 % interval of the difference, over the same documents; null below 5 of them"),
+        ("high", NUMBER, "its upper end"),
     ),
 }
