@@ -8,6 +8,7 @@ import polars as pl
 from moe_atlas import tables
 from moe_atlas.files import atomic_path
 from moe_atlas.log import run
+from moe_atlas.moa import described
 from moe_atlas.moa.settings import load_settings
 from moe_atlas.moa.translation import make_task, measures, settings_of
 
@@ -23,9 +24,7 @@ def main() -> None:
     frames = []
     for name, task in load_settings(arguments.settings).tasks.items():
         if task.data_file:
-            from moe_atlas.moa.prepared import measures as prepared_measures  # it imports torch
-
-            frames.append(prepared_measures(task, folders[Path(task.data_file).stem]))
+            frames.append(described.measures(task, folders[Path(task.data_file).stem]))
         elif task.kind == "translation":
             frames.append(measures(make_task(settings_of(task)), name))
     frame = pl.concat([tables.empty("moa_tasks"), *frames])

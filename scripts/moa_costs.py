@@ -1,4 +1,4 @@
-"""Set the sizes that the MoA paper printed beside those of our formulas, as parquet and CSV."""
+"""Set published parameters and multiply-accumulates beside those of our formulas, as parquet and CSV."""
 
 import argparse
 import os

@@ -118,7 +118,8 @@ def test_each_function_of_the_rules_is_written_once():
     [
         *("sheets", "corpora", "tables", "behavioral.tables", "plotting.registry", "training.recipes"),
         *("tuning.settings", "tuning.tasks", "tuning.arms"),
-        *("moa.settings", "moa.plateau", "moa.differences", "moa.language", "moa.translation", "moa.prepare"),
+        *("moa.settings", "moa.plateau", "moa.differences"),
+        *("moa.language", "moa.translation", "moa.prepare", "moa.described"),
     ],
 )
 def test_light_modules_do_not_load_torch(module):

@@ -20,9 +20,9 @@ from moe_atlas import tables
 from moe_atlas.architectures.moa_config import MoAConfig
 from moe_atlas.errors import AtlasError
 from moe_atlas.files import read_json
+from moe_atlas.moa.described import measures, scores
 from moe_atlas.moa.plateau import End
 from moe_atlas.moa.prepare import prepare
-from moe_atlas.moa.prepared import measures, scores
 from moe_atlas.moa.ragged import Ragged
 from moe_atlas.moa.registry import objective_of
 from moe_atlas.moa.run import configuration, run_job

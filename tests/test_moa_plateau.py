@@ -31,20 +31,22 @@ def ended(curve, schedule: Schedule = SCHEDULE, unlearned: float = 6.0) -> End:
 
 
 def test_a_plateau_is_a_small_gain_over_the_window():
-    """Gains of the best of the last two losses on the best before: none at all, 0.5 of 4, exactly the share."""
-    assert not at_plateau([4.0, 4.0], 2, 0.1) and at_plateau([4.0, 4.0, 4.0], 2, 0.1)
-    assert not at_plateau([4.0, 3.5, 3.8], 2, 0.1) and at_plateau([4.0, 3.5, 3.8], 2, 0.126)
-    assert not at_plateau([4.0, 3.0, 3.0], 2, 0.25)  # not below the share
-    assert at_plateau([4.0, 5.0, 6.0], 2, 0.01)  # it rises: no gain either
+    """Means of two losses and of the two before: too few, none at all, 0.5 of 4, exactly the share, a rise."""
+    assert not at_plateau([4.0, 4.0, 4.0], 2, 0.1) and at_plateau([4.0, 4.0, 4.0, 4.0], 2, 0.1)
+    assert not at_plateau([4.5, 3.5, 3.25, 3.75], 2, 0.12) and at_plateau([4.5, 3.5, 3.25, 3.75], 2, 0.126)
+    assert not at_plateau([4.0, 4.0, 3.0, 3.0], 2, 0.25)
+    assert at_plateau([4.0, 4.0, 5.0, 6.0], 2, 0.01)
+    # What was long before, or is a single good look, does not count.
+    assert at_plateau([9.0, 4.0, 4.0, 4.0, 4.0], 2, 0.01)
+    assert at_plateau([4.0, 3.0, 4.0, 4.0, 4.0, 4.0], 2, 0.01) and not at_plateau([5.0, 5.0, 4.0, 4.5], 2, 0.1)
 
 
 def test_a_run_ends_after_its_plateau():
-    """Exponential fall of 5 nats to 3: the first look at which 30 steps gained under 1 %, and a quarter more steps."""
+    """Exponential fall of 5 nats to 3: the look at which the mean of 30 steps gained under 1 %, and a quarter."""
     end = ended(lambda step: 3 + 2 * math.exp(-step / 50))
-    losses = {step: 3 + 2 * math.exp(-step / 50) for step in range(10, 1000, 10)}
-    expected = next(
-        step for step in losses if step >= 60 and losses[step - 30] - losses[step] < 0.01 * losses[step - 30]
-    )
+    loss = {step: 3 + 2 * math.exp(-step / 50) for step in range(10, 1000, 10)}
+    means = {step: (loss[step - 20] + loss[step - 10] + loss[step]) / 3 for step in loss if step >= 50}
+    expected = next(step for step in means if step >= 80 and means[step - 30] - means[step] < 0.01 * means[step - 30])
     assert end.plateau and end.decay_from == expected and end.last == expected + round(expected / 4)
 
 
@@ -63,14 +65,14 @@ def test_the_plateau_of_token_frequencies_is_not_the_end():
     never = ended(lambda step: 5.9)
     assert not never.plateau and never.last == 1000
     # The same curve under another bound is a plateau at the first step that may be one.
-    assert ended(lambda step: 5.9, unlearned=7.0).decay_from == 60
+    assert ended(lambda step: 5.9, unlearned=7.0).decay_from == 80
 
 
 def test_an_early_plateau_waits_for_the_least_steps():
-    assert ended(lambda step: 3.0).decay_from == 60
+    # Looks while the rate rises do not count: six are needed after step 20, or 100.
+    assert ended(lambda step: 3.0).decay_from == 80
+    assert ended(lambda step: 3.0, replace(SCHEDULE, warmup=100)).decay_from == 160
     assert ended(lambda step: 3.0, replace(SCHEDULE, least=200)).decay_from == 200
-    # Looks while the rate rises do not count: three and one more are needed after step 100.
-    assert ended(lambda step: 3.0, replace(SCHEDULE, warmup=100)).decay_from == 140
 
 
 def test_the_rate_rises_stays_and_falls():

@@ -30,7 +30,7 @@ def test_the_shipped_settings_ask_what_they_should(settings):
         assert len({shape[place] for shape in moa if all(shape[i] == sizes[i] for i in others)}) >= least
     assert any(experts == k for experts, k, _ in moa)
     assert {arm.match for arm in language if arm.match} == {"parameters", "macs"}
-    assert len([arm for arm in language if arm.heads]) >= 2
+    assert len([arm for arm in language if arm.attention == "mha"]) >= 3
     values = {(arm.normalization, arm.balance, arm.z, arm.router) for arm in settings.arms.values()}
     assert {normalization for normalization, *_ in values} == {"none", "detached", "full", None}
     assert ("detached", 0, 0, "learned") in values and ("detached", 0, 0, "frozen") in values

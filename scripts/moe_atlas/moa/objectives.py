@@ -13,7 +13,7 @@ from torch import nn
 from moe_atlas.moa.settings import Task
 from moe_atlas.moa.texts import Texts
 from moe_atlas.training.data import Batches
-from moe_atlas.training.tokenizer import BOS_ID, EOS_ID, MASK, UNK_ID
+from moe_atlas.training.tokenizer import BOS_ID, EOS_ID, MASK, PAD, UNK_ID
 
 Batch = dict[str, torch.Tensor]
 NOT_ASKED = -100  # label of a position whose token is not asked for
@@ -154,7 +154,7 @@ class Masked(Language):
     def __init__(self, task: Task, texts: Texts):
         self.share = task.data.get("mask", 0.15)
         self.mask_id = texts.tokenizer.token_to_id(MASK)
-        kept = {UNK_ID, BOS_ID, EOS_ID, self.mask_id}
+        kept = {UNK_ID, BOS_ID, EOS_ID, self.mask_id, texts.tokenizer.token_to_id(PAD)}
         self.ordinary = np.array([i for i in range(texts.tokenizer.get_vocab_size()) if i not in kept])
         super().__init__(task, texts)
 

@@ -10,11 +10,14 @@ from moe_atlas.moa.settings import Schedule
 
 
 def at_plateau(losses: Sequence[float], window: int, gain: float) -> bool:
-    """Whether the best of the last `window` losses is not below the best of all before by the share `gain` of it."""
-    if len(losses) <= window:
+    """Whether the mean of the last `window` losses is below that of the `window` before by less than the share `gain`.
+
+    Means, because single losses go up and down while the rate is high, and the best of many is a lucky one.
+    """
+    if len(losses) < 2 * window:
         return False
-    before = min(losses[:-window])
-    return before - min(losses[-window:]) < gain * before
+    before = sum(losses[-2 * window : -window]) / window
+    return before - sum(losses[-window:]) / window < gain * before
 
 
 class End:

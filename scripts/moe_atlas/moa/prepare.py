@@ -31,7 +31,7 @@ from moe_atlas.errors import AtlasError, first_line
 from moe_atlas.files import atomic_path, write_json
 from moe_atlas.log import Progress, say
 from moe_atlas.moa.ragged import DONE, write_ragged
-from moe_atlas.training.tokenizer import EOS_ID, MASK, PAD, train_tokenizer
+from moe_atlas.training.tokenizer import EOS_ID, train_tokenizer
 from moe_atlas.tuning.datasets import open_set
 
 _TOGETHER = 10_000  # rows that are encoded together
@@ -126,14 +126,11 @@ def _open(file: DataFile, name: str) -> datasets.Dataset:
 
 
 def _tokenizer(file: DataFile, data: datasets.Dataset) -> Tokenizer:
-    """One byte-level BPE of all sides, with `<pad>` and `<mask>` as its last entries."""
+    """One byte-level BPE of all sides, with entries for `<pad>` and `<mask>`."""
     # Rows are read by this program alone, so that threads of the tokenizer are safe.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     rows = data.select(range(min(file.tokenizer_rows, len(data)))) if file.tokenizer_rows else data
-    extra = [PAD, MASK]
-    tokenizer = train_tokenizer((text for texts in file.rows(rows) for text in texts), file.tokenizer - len(extra))
-    tokenizer.add_special_tokens(extra)
-    return tokenizer
+    return train_tokenizer((text for texts in file.rows(rows) for text in texts), file.tokenizer, masks=True)
 
 
 def _kept_pair(file: DataFile) -> Callable[[tuple[int, ...]], bool]:

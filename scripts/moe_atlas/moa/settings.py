@@ -217,7 +217,7 @@ def _task(path: str | Path, name: str, content: dict[str, Any], values: dict[str
         raise AtlasError(f"{path}, objectives, {name}: length is above max_position_embeddings, {longest}; lower it.")
     task = Task(objective=name, schedule=Schedule(**schedule), model=model, data=merged, **own)
     at = task.schedule
-    if max(at.warmup + at.evaluate * (at.window + 1), at.least) > at.latest:
+    if max(at.warmup + at.evaluate * 2 * at.window, at.least) > at.latest:
         raise AtlasError(
             f"{path}, objectives, {name}, training: no plateau can be seen before step {at.latest}, where the decay "
             f"begins at the latest; raise most, or lower warmup, least, evaluate or window."

@@ -123,12 +123,25 @@ def arms(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
         axes.set_ylim(len(pairs) - 0.5, -0.5)
         axes.set_yticks(range(len(pairs)), [f"{arm} − {baseline}" for arm, baseline in pairs] if first else [])
         axes.tick_params(axis="y", length=0)
-        axes.locator_params(axis="x", nbins=4)
+        if table["metric"].n_unique() == 1:
+            axes.set_xlim(limits_of(table, 0.0))
+        axes.locator_params(axis="x", nbins=5)
 
-    chosen = table.filter(pl.col("experts").is_not_null())
-    shape = f", N = {chosen['experts'][0]}, k = {chosen['k'][0]}" if not chosen.is_empty() else ""
-    subtitle = f"Difference of the metric: {_INTERVAL}; {seeds} seeds{shape}"
+    subtitle = f"Difference of the metric: {_INTERVAL}; {seeds} seeds{_shapes(table)}"
     return _grid(title_of("arms", model), subtitle, table, draw, 0.17 * len(pairs) + 0.15, left=2.1, shared=False)
+
+
+def _shapes(table: pl.DataFrame) -> str:
+    """N and k of the arms with experts: those of most, then those of single arms that have their own."""
+    shapes = table.filter(pl.col("experts").is_not_null()).select("arm", "experts", "k").unique(maintain_order=True)
+    if shapes.is_empty():
+        return ""
+    counts = shapes.group_by("experts", "k", maintain_order=True).agg(pl.col("arm"), pl.len())
+    texts = []
+    for row in counts.sort("len", descending=True, maintain_order=True).iter_rows(named=True):
+        of = f" of {', '.join(row['arm'])}" if texts else ""
+        texts.append(f"N\u00a0=\u00a0{row['experts']}, k\u00a0=\u00a0{row['k']}{of}")
+    return "; " + "; ".join(texts)
 
 
 def grid(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:

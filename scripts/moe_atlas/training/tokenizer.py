@@ -10,8 +10,8 @@ from moe_atlas.files import write_json
 
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-PAD, MASK = "<pad>", "<mask>"  # of models that need them; MoA's lie behind all others
-PAD_ID, MASK_ID = 3, 4  # of encoders
+PAD, MASK = "<pad>", "<mask>"  # of models that need them
+PAD_ID, MASK_ID = 3, 4
 
 
 def train_tokenizer(texts: list[str], size: int, masks: bool = False) -> Tokenizer:
@@ -47,8 +47,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> None:
     """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads."""
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"unk_token": UNK, "bos_token": BOS, "eos_token": EOS}
-    if tokenizer.token_to_id(MASK) is not None:
-        special |= {"pad_token": PAD, "mask_token": MASK}
+    others = {"pad_token": PAD, "mask_token": MASK}
+    special |= {name: token for name, token in others.items() if tokenizer.token_to_id(token) is not None}
     write_json(
         folder / "tokenizer_config.json",
         {
