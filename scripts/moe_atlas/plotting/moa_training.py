@@ -105,7 +105,7 @@ def differences(objective: str, about: About, frames: Frames) -> Figure:
             axes.text(1.02, -0.85, "p", va="center", fontsize=7, transform=axes.get_yaxis_transform())
             axes.set_yticks(places, names if j == 0 else [])
             axes.tick_params(axis="y", length=0)
-            axes.locator_params(axis="x", nbins=5)
+            axes.locator_params(axis="x", nbins=5 if len(metrics) == 1 else 3)
             if j == 0:
                 for study, place in studies.items():
                     beside = {"ha": "right", "va": "center", "fontsize": 7, "fontstyle": "italic", "color": "0.35"}
