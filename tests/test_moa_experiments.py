@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moe_atlas import tables
 from moe_atlas.corpora import demo_documents
 from moe_atlas.errors import AtlasError
-from moe_atlas.moa.objectives import NOT_ASKED, Causal, Masked, mean_loss, objective_of
+from moe_atlas.moa.objectives import NOT_ASKED, Causal, Masked, mean_loss
+from moe_atlas.moa.registry import objective_of
 from moe_atlas.moa.run import build, chosen_rate, configuration, run_job
 from moe_atlas.moa.settings import Job, Schedule, load_settings
 from moe_atlas.moa.texts import MASK, Texts, demo_texts
