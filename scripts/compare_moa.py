@@ -6,6 +6,7 @@ from pathlib import Path
 from moe_atlas import tables
 from moe_atlas.files import atomic_path
 from moe_atlas.log import run, say
+from moe_atlas.moa.arms import arms
 from moe_atlas.moa.differences import differences, of_studies
 from moe_atlas.moa.settings import load_settings
 
@@ -22,6 +23,7 @@ def main() -> None:
     for name in ("moa_runs", "moa_curves", "moa_throughput"):
         parts = [tables.read(name, path) for path in getattr(arguments, name.removeprefix("moa_"))]
         found[name] = of_studies(settings, name, parts)
+    found["moa_arms"] = arms(found["moa_runs"])
     found["moa_differences"] = differences(settings, found["moa_runs"])
     for name, frame in found.items():
         tables.write(name, frame, arguments.output / f"{name}.parquet")

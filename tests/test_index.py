@@ -81,7 +81,10 @@ def made(tmp_path_factory):
     save(compare("load_balance", {"load": load}), results / "figures" / "comparison" / "load_balance.png")
     (results / "notebooks").mkdir()
     save(sentence("toy-dense", "A figure of EMoE."), results / "figures" / "emoe" / "toy-dense" / "mass.prose.png")
-    (results / "notebooks" / "emoe.html").write_text("<html></html>")
+    for path in ("grid.causal.png", "grid.causal.pdf", "demo-jetmoe/load.prose.png", "demo-jetmoe/other.png"):
+        save(sentence("causal", "A figure of MoA."), results / "figures" / "moa" / path)
+    for name in ("emoe", "moa"):
+        (results / "notebooks" / f"{name}.html").write_text("<html></html>")
     (results / "notebooks" / "parametric-toy-eight.html").write_text("<html></html>")
     (results / "figures" / "toy-eight" / "load.prose" / "layer_1_auto.pdf").unlink()  # listed, but gone
     return run
@@ -106,8 +109,18 @@ def test_what_exists_is_linked(made):
         files = {path.relative_to(results).as_posix() for path in results.glob(pattern)}
         assert files and files <= linked, sorted(files - linked)
     assert {"notebooks/parametric-toy-eight.html", "notebooks/emoe.html"} <= linked
-    assert "figures/emoe/toy-dense/mass.prose.png" in linked
+    assert "figures/emoe/toy-dense/mass.prose.png" in linked and "notebooks/moa.html" in linked
+    moa = {address for address in linked if address.startswith("figures/moa/")}
+    assert moa == {
+        f"figures/moa/{name}" for name in ("grid.causal.png", "grid.causal.pdf", "demo-jetmoe/load.prose.png")
+    }
     text = " ".join(links.text)
+    for part in (
+        "MoA notebook",
+        "Attention experts of demo-jetmoe",
+        "Experts, chosen experts and their width · causal",
+    ):
+        assert part in text
     assert "61.2" in text and "412.5" in text
     assert "A dense model: it has no experts in any layer" in text
 

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moe_atlas import tables
 from moe_atlas.corpora import demo_documents
 from moe_atlas.errors import AtlasError
-from moe_atlas.moa.objectives import NOT_ASKED, Causal, Masked, mean_loss, objective_of
+from moe_atlas.moa.objectives import NOT_ASKED, Causal, Masked, mean_loss
+from moe_atlas.moa.registry import objective_of
 from moe_atlas.moa.run import build, chosen_rate, configuration, run_job
 from moe_atlas.moa.settings import Job, Schedule, load_settings
 from moe_atlas.moa.texts import MASK, Texts, demo_texts
@@ -85,10 +86,10 @@ def test_no_document_is_in_two_sets():
     found = demo_texts(task)
     assert found.validation.shape == (40, task.length) and found.test.shape[1] == task.length
     trained = {
-        tuple(ids[i : i + 12]) for texts in found.encoded.values() for ids in texts for i in range(len(ids) - 11)
+        tuple(ids[i : i + 20]) for texts in found.encoded.values() for ids in texts for i in range(len(ids) - 19)
     }
     for sequences in (found.validation, found.test[:100]):
-        pieces = [tuple(row[i : i + 12].tolist()) for row in sequences for i in range(1, task.length - 12, 12)]
+        pieces = [tuple(row[i : i + 20].tolist()) for row in sequences for i in range(1, task.length - 20, 20)]
         assert sum(piece in trained for piece in pieces) < 0.05 * len(pieces)  # formulas and signatures repeat
     assert math.isclose(found.frequencies.sum(), 1)
     documents = [len(demo_documents(f"{domain}-train")) for domain in task.data["mix"]]

@@ -60,7 +60,7 @@ def test_the_tables_have_every_run(atlas):
     assert once.equals(again)
     difference = tables.read("moa_differences", atlas / "results/tables/moa_differences.parquet").row(0, named=True)
     assert (difference["arm"], difference["baseline"], difference["seeds"]) == ("moa", "mha", 2)
-    for name in ("moa_runs", "moa_curves", "moa_throughput", "moa_differences"):
+    for name in ("moa_runs", "moa_curves", "moa_throughput", "moa_arms", "moa_differences"):
         table = tables.read(name, atlas / f"results/tables/{name}.parquet")
         assert len(pl.read_csv(atlas / f"results/tables/{name}.csv", infer_schema=False)) == len(table) > 0
 
@@ -101,6 +101,18 @@ def test_faulty_settings_end_the_run_with_a_sentence(atlas):
 
 def test_the_shipped_settings_need_these_jobs():
     settings = load_settings(ROOT / "config/moa.yaml")
-    jobs = counts(planned(ROOT, "--forceall", "moa"))
+    plan = planned(ROOT, "--forceall", "moa")
+    made = {path for job in plan for path in job.output}
+    for name in (*tables.MOA, *tables.HEADS):
+        assert {f"results/tables/{name}.parquet", f"results/tables/{name}.csv"} <= made
+    figures = {path for path in made if path.startswith("results/figures/moa/")}
+    experiments = {"perplexity", "differences", "grid", "routing", "curves", "throughput"}
+    expected = {f"{name}.causal" for name in experiments}
+    expected |= {f"{name}.masked" for name in experiments - {"grid", "routing"}}
+    expected |= {f"{name}.translation" for name in experiments - {"grid", "routing", "perplexity"} | {"translation"}}
+    found = {path.split("/")[-1] for path in figures if path.count("/") == 3}
+    assert found == {f"{name}.{suffix}" for name in expected for suffix in ("png", "pdf")}
+    assert "results/figures/moa/demo-jetmoe/sites.prose.png" in figures and "results/notebooks/moa.html" in made
+    jobs = counts(plan)
     assert jobs["train_moa"] == len(settings.jobs()) and jobs["compare_moa"] == 1
-    assert not {"train_demo_checkpoint", "extract_activations"} & set(jobs)
+    assert "extract_activations" not in jobs and jobs["train_demo_checkpoint"] == 1  # demo-jetmoe

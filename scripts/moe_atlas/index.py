@@ -5,7 +5,17 @@ from pathlib import Path
 from moe_atlas.files import read_json
 from moe_atlas.log import size
 from moe_atlas.pages import escape, href, link, page, table
-from moe_atlas.plotting.registry import COMPARISON_TITLES, EMOE_FIGURES, EXPERIMENTS, FORMATS, RANGES, split
+from moe_atlas.plotting.registry import (
+    COMPARISON_TITLES,
+    EMOE_FIGURES,
+    EXPERIMENTS,
+    FORMATS,
+    HEADS_FIGURES,
+    MOA_FIGURES,
+    RANGES,
+    Experiment,
+    split,
+)
 from moe_atlas.tables import ALL
 
 INTRODUCTION = """<h1>MoE Atlas</h1>
@@ -75,25 +85,39 @@ def comparison_section(results: Path) -> str:
     return f'<h2>Models side by side</h2>{first}<div class="grid">{"".join(items)}</div>'
 
 
+def pictures(folder: Path, figures: dict[str, Experiment], results: Path) -> str:
+    """All images of a folder that are called after one of these figures, in their order; empty where there is none."""
+    images, items, order = [path for path in folder.glob("*.png") if split(path.stem)[0] in figures], [], list(figures)
+    for image in sorted(images, key=lambda path: (order.index(split(path.stem)[0]), path.stem)):
+        name, of = split(image.stem)  # of: a corpus or an objective
+        files = [image.with_name(f"{image.stem}.{suffix}") for suffix in FORMATS]
+        below = " · ".join(link(path, results, path.suffix[1:]) for path in files if path.is_file())
+        items.append(picture(image, results, figures[name].title + (f" · {of}" if of else ""), below))
+    return f'<div class="grid">{"".join(items)}</div>' if items else ""
+
+
+def part_section(title: str, name: str, notebook: str, folders: dict[str, str], results: Path) -> str:
+    """A part that is no part of all: its notebook, and the figures of each folder, heading -> HTML, that has some."""
+    parts = [f"<h3>{escape(heading)}</h3>{found}" for heading, found in folders.items() if found]
+    file = results / "notebooks" / f"{notebook}.html"
+    first = f"<p>Read first: {link(file, results, f'{name} notebook')}.</p>" if file.is_file() else ""
+    return f"<h2>{title}</h2>{first}{''.join(parts)}" if parts or first else ""
+
+
 def emoe_section(results: Path) -> str:
     """Notebook and figures of EMoE, where it was run, by dense model."""
-    directory, parts, order = results / "figures" / "emoe", [], list(EMOE_FIGURES)
-    for folder in sorted(path for path in directory.glob("*") if path.is_dir()):
-        images = [path for path in folder.glob("*.png") if split(path.stem)[0] in EMOE_FIGURES]
-        items = []
-        for image in sorted(images, key=lambda path: (order.index(split(path.stem)[0]), path.stem)):
-            name, corpus = split(image.stem)
-            files = [image.with_name(f"{image.stem}.{suffix}") for suffix in FORMATS]
-            below = " · ".join(link(path, results, path.suffix[1:]) for path in files if path.is_file())
-            title = EMOE_FIGURES[name].title + (f" · {corpus}" if corpus else "")
-            items.append(picture(image, results, title, below))
-        if items:
-            parts.append(f'<h3>{escape(folder.name)}</h3><div class="grid">{"".join(items)}</div>')
-    notebook = results / "notebooks" / "emoe.html"
-    first = f"<p>Read first: {link(notebook, results, 'EMoE notebook')}.</p>" if notebook.is_file() else ""
-    if not parts and not first:
-        return ""
-    return f"<h2>EMoE: experts in the FFNs of dense models</h2>{first}{''.join(parts)}"
+    folders = sorted(path for path in (results / "figures" / "emoe").glob("*") if path.is_dir())
+    found = {folder.name: pictures(folder, EMOE_FIGURES, results) for folder in folders}
+    return part_section("EMoE: experts in the FFNs of dense models", "EMoE", "emoe", found, results)
+
+
+def moa_section(results: Path) -> str:
+    """Notebook and figures of MoA, where it was run: of the experiments, then of each model's attention experts."""
+    folder = results / "figures" / "moa"
+    models = sorted(path for path in folder.glob("*") if path.is_dir())
+    found = {"Experiments": pictures(folder, MOA_FIGURES, results)}
+    found |= {f"Attention experts of {path.name}": pictures(path, HEADS_FIGURES, results) for path in models}
+    return part_section("MoA: attention heads as experts", "MoA", "moa", found, results)
 
 
 def layer_links(manifest: Path, base: Path) -> str:
@@ -183,6 +207,7 @@ def index(models: list[str], results: Path) -> str:
         models_section(models, results),
         comparison_section(results),
         emoe_section(results),
+        moa_section(results),
         *(model_section(model, results) for model in models),
         tables_section(results),
         files_section("Notebooks", sorted((results / "notebooks").glob("*.html")), results),

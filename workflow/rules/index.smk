@@ -1,6 +1,6 @@
 # Index: the page that links every model, figure, table and notebook.
 #
-# Inputs    everything else; what EMoE has made, where it was run
+# Inputs    everything else; what EMoE and MoA have made, where they were run
 # Outputs   results/index.html
 # Cost      a second; no GPU
 rule make_index:
@@ -27,6 +27,7 @@ rule make_index:
         models=list(MODELS),
         # Linked when they are there; never a reason to make them.
         emoe=lambda wildcards: emoe_shown(),
+        moa=lambda wildcards: moa_shown(),
     shell:
         """
         exec >{log:q} 2>&1

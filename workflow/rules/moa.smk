@@ -2,7 +2,7 @@
 # part of `all`: `snakemake moa`, or make moa.
 #
 # Inputs    the settings that the config names, config/moa.yaml; texts that CPython brings along
-# Outputs   results/moa/, results/tables/moa_{runs,curves,throughput,differences,costs}.{parquet,csv}
+# Outputs   results/moa/, results/tables/moa_{runs,curves,throughput,arms,differences,costs}.{parquet,csv}
 # Cost      see README.md; no GPU, no network
 rule train_moa:
     """Train one arm with all its seeds. Weights and tokenizer of seed 0 lie beside the declared file."""

@@ -1,5 +1,7 @@
 # What the MoA experiments are told, and where their files lie: functions of the settings, no rules.
 from moe_atlas.moa.settings import load_settings as load_moa_settings
+from moe_atlas.moa.shown import objectives as moa_objectives, texts_of as moa_texts_of, varied as moa_varied
+from moe_atlas.plotting.registry import MOA_FIGURES, split
 from moe_atlas.tables import MOA
 
 try:
@@ -11,7 +13,7 @@ MOA_RUN = "results/moa/runs/{study}/{objective}/{arm}"
 MOA_CHECKPOINT = "results/moa/checkpoints/{study}/{objective}/{arm}/seed-0"
 MOA_DATA = "results/moa/data/{data}"
 # Tables that are put together from all runs.
-MOA_COMPARED = ["moa_runs", "moa_curves", "moa_throughput", "moa_differences"]
+MOA_COMPARED = ["moa_runs", "moa_curves", "moa_throughput", "moa_arms", "moa_differences"]
 MOA_TABLES = [name for name, declared in MOA.items() if declared.path == f"tables/{name}.parquet"]
 
 
@@ -43,3 +45,40 @@ def moa_prepared_data(wildcards):
     """The file that is written last of the token ids that a job reads; none where its texts come with CPython."""
     file = MOA_SETTINGS.tasks[wildcards.objective].data_file
     return [f"{MOA_DATA}/done.json".format(data=name) for name, other in moa_data_files().items() if other == file]
+
+
+def moa_figures():
+    """Names of the figures, FIGURE.OBJECTIVE, without those of what the settings do not vary."""
+    found = []
+    for objective in moa_objectives(MOA_SETTINGS):
+        shown = {"perplexity", "translation", "curves", "throughput"} | moa_varied(MOA_SETTINGS, objective)
+        kind = MOA_SETTINGS.tasks[objective].kind
+        found += [
+            f"{name}.{objective}" for name, figure in MOA_FIGURES.items() if name in shown and kind in figure.kinds
+        ]
+    return found
+
+
+def moa_about(wildcards):
+    """What the tables do not say of a figure's objective, as options."""
+    task = MOA_SETTINGS.tasks[split(wildcards.figure)[1]]
+    decay = ["--decay", str(task.schedule.decay)] if task.schedule.shape == "plateau" else []
+    return ["--texts", moa_texts_of(task), *decay]
+
+
+def moa_notebook_parameters():
+    """Parameters of the notebook: objective -> its figures, its texts and the share of the steps after a plateau."""
+    objectives = {}
+    for name in moa_figures():
+        task = MOA_SETTINGS.tasks[split(name)[1]]
+        decay = task.schedule.decay if task.schedule.shape == "plateau" else None
+        own = {"kind": task.kind, "texts": moa_texts_of(task), "decay": decay, "figures": []}
+        objectives.setdefault(task.objective, own)["figures"].append(split(name)[0])
+    return json.dumps({"objectives": objectives})
+
+
+def moa_shown():
+    """Notebook and figures of MoA that are there, for the index page to link."""
+    folder = Path("results/figures/moa")
+    found = [*folder.glob("*.png"), *folder.glob("*/*.png"), *Path("results/notebooks").glob("moa.html")]
+    return sorted(map(str, found))

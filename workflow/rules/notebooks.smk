@@ -1,7 +1,7 @@
 # Notebooks: executed by papermill and converted to HTML.
 #
 # Inputs    notebooks/*.ipynb; the tables they read
-# Outputs   results/notebooks/{notebook}-{model}.html, results/notebooks/{comparison,emoe}.html. The executed .ipynb beside
+# Outputs   results/notebooks/{notebook}-{model}.html, results/notebooks/{comparison,emoe,moa}.html. The executed .ipynb beside
 #           each is no declared output: it stays when a cell fails, to read why.
 # Cost      seconds; no GPU
 rule model_notebook:
@@ -85,3 +85,21 @@ use rule comparison_notebook as emoe_notebook with:
     params:
         executed=lambda wildcards, output: str(PurePath(output[0]).with_suffix(".ipynb")),
         parameters=json.dumps({"corpora": corpora_of(["long"])}),
+
+
+use rule comparison_notebook as moa_notebook with:
+    # The notebook of MoA, of all objectives and of all models with attention experts.
+    input:
+        code=code("scripts/run_notebook.py"),
+        notebook="notebooks/moa.ipynb",
+        library=code("notebooks/moa.ipynb")[1:],
+        tables=[f"results/tables/{table}.parquet" for table in [*MOA_TABLES, *HEADS]],
+    output:
+        "results/notebooks/moa.html",
+    log:
+        "results/logs/moa_notebook.log",
+    benchmark:
+        "results/benchmarks/moa_notebook.tsv"
+    params:
+        executed=lambda wildcards, output: str(PurePath(output[0]).with_suffix(".ipynb")),
+        parameters=moa_notebook_parameters(),

@@ -58,9 +58,11 @@ rule emoe:
 
 
 rule moa:
-    """Attention heads as experts, trained and compared: tables, and the models that are looked into. No part of `all`."""
+    """Attention heads as experts, trained, compared and looked into: tables, figures, notebook. No part of `all`."""
     input:
         expand("results/tables/{table}.{format}", table=MOA_TABLES, format=["parquet", "csv"]),
         moa_kept_checkpoints(),
         expand("results/tables/{table}.{format}", table=HEADS, format=["parquet", "csv"]),
+        expand("results/figures/moa/{figure}.png", figure=moa_figures()),
         lambda wildcards: heads_files(),
+        "results/notebooks/moa.html",

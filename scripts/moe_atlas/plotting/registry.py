@@ -99,6 +99,18 @@ HEADS_FIGURES: dict[str, Experiment] = {
     "sites": Experiment("Attention beside FFN experts", ("moa_sites",), ("long",)),
 }
 
+# Figures of the MoA experiments, of one objective; kinds are those of the objectives that have the figure.
+_LANGUAGE, _TRANSLATION = ("causal", "masked"), ("translation",)
+MOA_FIGURES: dict[str, Experiment] = {
+    "perplexity": Experiment("Perplexity by size", ("moa_arms",), _LANGUAGE),
+    "translation": Experiment("Translation by arm", ("moa_arms",), _TRANSLATION),
+    "differences": Experiment("Arms against their baselines", ("moa_differences",), _LANGUAGE + _TRANSLATION),
+    "grid": Experiment("Experts, chosen experts and their width", ("moa_arms",), _LANGUAGE + _TRANSLATION),
+    "routing": Experiment("Losses, normalisation and router", ("moa_arms",), _LANGUAGE + _TRANSLATION),
+    "curves": Experiment("Training curves", ("moa_curves", "moa_runs"), _LANGUAGE + _TRANSLATION),
+    "throughput": Experiment("Speed of training", ("moa_throughput", "moa_runs"), _LANGUAGE + _TRANSLATION),
+}
+
 RANGES = ("auto", "full")
 FORMATS = ("png", "pdf")
 

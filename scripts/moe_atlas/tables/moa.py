@@ -12,28 +12,35 @@ _STUDY = (
 _SEED = ("seed", INTEGER, "of the weights before the first step and of the order of the texts")
 _RATE = ("learning_rate", NUMBER, "of the steps between warm-up and decay")
 
+_ROUTED = (
+    ("attention", STRING, "mha: multi-head attention; moa: heads as experts"),
+    ("experts", INTEGER, "E; null: of mha"),
+    ("k", INTEGER, "experts of a token; null: of mha"),
+    ("head_dim", INTEGER, "D"),
+    ("heads", INTEGER, "of mha; null: of moa"),
+    ("selects", pl.Boolean, "false where k = E, so that every token has all experts; null: of mha"),
+    ("normalization", STRING, "of the k weights: none, detached or full; null: of mha"),
+    ("balance", NUMBER, "weight of the balance loss of a layer; null: of mha"),
+    ("z", NUMBER, "weight of the z-loss; null: of mha"),
+    ("router", STRING, "learned, frozen as it was drawn, or none, of mha"),
+)
+_COSTS = (
+    ("parameters", INTEGER, "of the whole model, embeddings among them"),
+    ("attention_parameters", INTEGER, "of all attention blocks, routers among them"),
+    ("macs", NUMBER, "multiply-accumulates a token at the training length, attention maps among them"),
+)
+
 MOA: dict[str, Table] = {
     "moa_runs": Table(
         "tables/moa_runs.parquet",
         (),
         (
             *_STUDY,
-            ("attention", STRING, "mha: multi-head attention; moa: heads as experts"),
-            ("experts", INTEGER, "E; null: of mha"),
-            ("k", INTEGER, "experts of a token; null: of mha"),
-            ("head_dim", INTEGER, "D"),
-            ("heads", INTEGER, "of mha; null: of moa"),
-            ("selects", pl.Boolean, "false where k = E, so that every token has all experts; null: of mha"),
-            ("normalization", STRING, "of the k weights: none, detached or full; null: of mha"),
-            ("balance", NUMBER, "weight of the balance loss of a layer; null: of mha"),
-            ("z", NUMBER, "weight of the z-loss; null: of mha"),
-            ("router", STRING, "learned, frozen as it was drawn, or none, of mha"),
+            *_ROUTED,
             _SEED,
             _RATE,
             ("chosen", pl.Boolean, "whether this learning rate is the arm's; of another only the validation is kept"),
-            ("parameters", INTEGER, "of the whole model, embeddings among them"),
-            ("attention_parameters", INTEGER, "of all attention blocks, routers among them"),
-            ("macs", NUMBER, "multiply-accumulates a token at the training length, attention maps among them"),
+            *_COSTS,
             ("test", STRING, "validation, or a test set"),
             ("metric", STRING, "what value is: perplexity, bleu, exact"),
             ("value", NUMBER, "of the weights after the last step"),
@@ -68,6 +75,24 @@ MOA: dict[str, Table] = {
             ("tokens", INTEGER, "that the run was trained on"),
             ("seconds", NUMBER, "of all steps, without the looks at the validation set"),
             ("tokens_per_second", NUMBER, "on the machine as it was, beside what else ran"),
+        ),
+    ),
+    "moa_arms": Table(
+        "tables/moa_arms.parquet",
+        (),
+        (
+            *_STUDY[1:],
+            ("test", STRING, "the test set"),
+            ("metric", STRING, "perplexity, bleu or exact"),
+            ("seeds", INTEGER, "runs at the chosen learning rate"),
+            ("value", NUMBER, "mean over seeds; of perplexity the geometric mean, that of the mean loss"),
+            ("low", NUMBER, "95 % interval of the mean by Student's t, of perplexity on its logarithm; null: one seed"),
+            ("high", NUMBER, "its upper end"),
+            ("chance", NUMBER, "as in moa_runs"),
+            *_ROUTED,
+            *_COSTS,
+            ("plateaus", INTEGER, "runs that a plateau ended"),
+            ("steps", NUMBER, "mean over seeds"),
         ),
     ),
     "moa_differences": Table(
