@@ -213,6 +213,8 @@ def test_curves_mark_where_the_rate_begins_to_fall(drawn):
         assert {line.get_marker() for line in points} == {"x" if arm == "mha-3" else "v"}
         nats = moa_tables.loss(arm, 0) + 2.2 * math.exp(-4) + 0.1
         assert points[0].get_ydata()[0] == pytest.approx(nats)
+        level = math.log(0.8 * moa_tables.UNIGRAM)  # of the validation texts, whose losses are drawn
+        assert any(line.get_linestyle() == "--" and line.get_ydata()[0] == pytest.approx(level) for line in axes.lines)
     assert [text.get_text() for text in panels["moa-4k4e16d"].texts] == ["selects nothing"]
     assert len({(axes.get_xlim(), axes.get_ylim()) for axes in panels.values()}) == 1
     assert "39 of 42 runs ended at a plateau" in " ".join(" ".join(texts(drawn("curves"))).split())

@@ -70,12 +70,15 @@ def test_counts_of_the_tables_are_told_beside_chance(frames):
     assert moa_words.costs(frames["moa_costs"]).startswith("1 of 2 published counts")
 
 
-def association(own: tuple, random: tuple, router: str = "learned") -> pl.DataFrame:
+def association(own: float, random: float, beyond: tuple, router: str = "learned") -> pl.DataFrame:
+    """Of FFN experts other numbers, which are not told."""
     rows = [
-        {"layer": layer, "router": name, "corrected": (low + high) / 2, "low": low, "high": high, "site": site}
+        {"layer": layer, "router": name, "corrected": value if site == "attention" else 0.95, "site": site}
+        | {"low": -1.0, "high": 1.0}
+        | (dict(zip(("beyond_low", "beyond_high"), beyond, strict=True)) if name == router else {})
         for layer in (0, 1)
         for site in ("attention", "ffn")
-        for name, (low, high) in ((router, own if site == "attention" else (0.9, 0.99)), ("random", random))
+        for name, value in ((router, own), ("random", random))
     ]
     same = {"model": "m", "corpus": "prose", "kind": "causal", "measure": "information"}
     schema = declared("moa_association").schema
@@ -83,12 +86,16 @@ def association(own: tuple, random: tuple, router: str = "learned") -> pl.DataFr
 
 
 def test_what_a_random_router_has_too_is_not_learned():
-    text = moa_words.association(association((0.5, 0.6), (0.2, 0.3)))
+    table = association(0.55, 0.25, (0.2, 0.4))
+    text = moa_words.association(table)
     assert "Token types tell 0.55" in text and "random router on the same hidden states 0.25" in text
-    assert "clearly above the random one (intervals apart) in 2 of 2" in text and "below in 0" in text
-    assert "in 0 of 2 layers" in moa_words.association(association((0.25, 0.6), (0.2, 0.3)))
-    assert "The frozen router" in moa_words.association(association((0.1, 0.15), (0.2, 0.3), "frozen"))
-    assert moa_words.association(association((0, 1), (0, 1)).clear()) == ""
+    assert "in 2 of 2 layers and texts, below in 0" in text
+    assert "in 0 of 2 layers and texts, below in 0" in moa_words.association(association(0.3, 0.25, (-0.1, 0.2)))
+    below = moa_words.association(association(0.12, 0.25, (-0.2, -0.05), "frozen"))
+    assert "The frozen router" in below and "in 0 of 2 layers and texts, below in 2" in below
+    assert moa_words.association(table.clear()) == ""
+    dense = table.with_columns(pl.lit(None, pl.Float64).alias("corrected"))
+    assert "nothing of the chosen experts" in moa_words.association(dense)
 
 
 def test_loads_are_told_by_kind_and_of_choices_only():

@@ -131,7 +131,7 @@ def curves(objective: str, about: About, frames: Frames) -> Figure:
     table = frames["moa_curves"].filter(pl.col("chosen"), split="validation")
     table = table.unique(["arm", "seed", "step"], keep="first", maintain_order=True)
     arms = table["arm"].unique(maintain_order=True).to_list()
-    level = math.log(runs["chance"].filter(runs["metric"] == "perplexity").max() or 1.0)
+    level = math.log(runs.filter(test="validation", metric="perplexity")["chance"].max() or 1.0)
     largest, smallest = max(table["loss"].max(), level), table["loss"].min()
     width = (WIDTH - 0.6 - 0.15 - 0.2 * (_COLUMNS - 1)) / _COLUMNS
     rows = math.ceil(len(arms) / _COLUMNS)

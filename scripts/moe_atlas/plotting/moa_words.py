@@ -136,14 +136,17 @@ def association(table: pl.DataFrame) -> str:
     both = own.join(rows.filter(router="random"), on=keys, suffix="_random")
     if both.is_empty():
         return ""
-    above = both.filter(pl.col("low") > pl.col("high_random"))
-    below = both.filter(pl.col("high") < pl.col("low_random"))
+    both = both.drop_nulls(["corrected", "corrected_random"])
+    if both.is_empty():
+        return "Token types can tell nothing of the chosen experts: every token has the same ones, as where k = E."
+    above, below = both.filter(pl.col("beyond_low") > 0), both.filter(pl.col("beyond_high") < 0)
     router = both["router"][0]
     return (
-        f"Token types tell {span_text(both['corrected'])} of the entropy of the chosen experts beyond what exchanges "
-        f"give; of a random router on the same hidden states {span_text(both['corrected_random'])}. The {router} "
-        f"router is clearly above the random one (intervals apart) in {len(above)} of {len(both)} layers and texts, "
-        f"clearly below in {len(below)}. Only what is above the random router can be learned specialisation."
+        f"Token types tell {span_text(both['corrected'])} of what can be told of the chosen experts (0 is what "
+        f"exchanges give, 1 that the type decides); of a random router on the same hidden states "
+        f"{span_text(both['corrected_random'])}. The {router} router is above the random one (interval of the "
+        f"difference over the same documents) in {len(above)} of {len(both)} layers and texts, below in {len(below)}. "
+        "Only what is above the random router can be learned specialisation."
     )
 
 
