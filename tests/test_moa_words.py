@@ -139,3 +139,14 @@ def test_what_is_asked_for_is_more_than_a_sentence(frames):
     nothing = len(sentence("title", "text").axes)
     for name in varied(load_settings(ROOT / "config/moa.yaml"), "causal"):
         assert len(draw(f"{name}.causal", frames).axes) > nothing
+
+
+def test_sites_are_counted_by_intervals_without_zero():
+    schema = declared("moa_sites").schema
+    rows = [("entropy", 0.1, 0.2), ("entropy", -0.2, 0.1), ("max_vio", -0.3, -0.1), ("domain", None, None)]
+    same = dict.fromkeys(schema) | {"model": "m", "corpus": "prose", "layer": 0}
+    named = [same | dict(zip(("measure", "low", "high"), row, strict=True)) for row in rows]
+    table = pl.DataFrame(named, schema=schema)
+    text = moa_words.sites(table)
+    assert "entropy: above in 1, below in 0 of 2; max_vio: above in 0, below in 1 of 1; domain: above in 0" in text
+    assert "chance alone would give one in twenty" in text and moa_words.sites(table.clear()) == ""

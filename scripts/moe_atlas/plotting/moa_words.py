@@ -170,7 +170,9 @@ def sites(table: pl.DataFrame) -> str:
         rows = table.filter(measure=measure)
         above, below = (rows.filter(test) for test in (pl.col("low") > 0, pl.col("high") < 0))
         parts.append(f"{measure}: above in {len(above)}, below in {len(below)} of {len(rows)}")
-    text = "; ".join(parts)
+    if not parts:
+        return ""
     return (
-        f"Attention experts against the FFN experts of the same layer, by intervals without 0. {text}." if parts else ""
+        f"Attention experts against the FFN experts of the same layer, by intervals without 0: {'; '.join(parts)}. No "
+        "row is adjusted for the others: chance alone would give one in twenty."
     )

@@ -61,7 +61,11 @@ MOA: dict[str, Table] = {
             ("chosen", pl.Boolean, "as in moa_runs"),
             ("step", INTEGER, "after which; of train, the last of those that the mean is over"),
             ("split", STRING, "train: mean over the steps since the look before; validation"),
-            ("loss", NUMBER, "nats a token, without the routers' own losses"),
+            (
+                "loss",
+                NUMBER,
+                "nats a token, without the routers' own losses; of train with dropout and label smoothing, if any",
+            ),
         ),
     ),
     "moa_throughput": Table(
