@@ -67,7 +67,7 @@ def pmi(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def mutual_information(table: np.ndarray) -> np.ndarray:
     """I(w; i) in bits of counts (..., V, E): (...)."""
     joint = entropy(table.reshape(*table.shape[:-2], table.shape[-2] * table.shape[-1]))
-    return entropy(table.sum(-1)) + entropy(table.sum(-2)) - joint
+    return np.maximum(entropy(table.sum(-1)) + entropy(table.sum(-2)) - joint, 0)
 
 
 def tellable(load: np.ndarray, top_k: int) -> np.ndarray:
