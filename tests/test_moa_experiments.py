@@ -44,7 +44,7 @@ TINY = {
 def settings():
     """The shipped settings with tiny arms, objectives and models, and one study of each objective."""
     moa = next(arm for arm in SETTINGS.arms.values() if arm.attention == "moa")
-    mha = next(arm for arm in SETTINGS.arms.values() if arm.heads)
+    mha = next(arm for arm in SETTINGS.arms.values() if arm.attention == "mha")
     arms = {}
     for name, values in TINY.items():
         empty = dict.fromkeys(("experts", "k", "head_dim", "heads", "match", "of"))
