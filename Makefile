@@ -1,5 +1,5 @@
 # make atlas   set up .venv and run the workflow of config/config.yaml
-# make emoe    the same of EMoE, before tuning and tuned, config/emoe.yaml: about 30 minutes, not part of make atlas
+# make emoe    the same of EMoE, before tuning and tuned, config/emoe.yaml: up to 30 minutes, not part of make atlas
 # make moa     train models whose attention heads are experts, compare and look into them, config/moa.yaml: not part of make atlas
 # make test    set up .venv and run the tests
 # make setup   set up .venv alone

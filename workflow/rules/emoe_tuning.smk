@@ -3,7 +3,7 @@
 #
 # Inputs    the settings that the config names, config/emoe.yaml; pre-trained models; tasks
 # Outputs   results/emoe/, results/tables/emoe_{runs,differences,training_selection}.{parquet,csv}
-# Cost      about 25 minutes on two cores with the shipped settings; no GPU, no network
+# Cost      at most 28 minutes on two cores with the shipped settings; no GPU, no network
 rule tune_emoe:
     """Tune a model on a task in some arms, with all their seeds."""
     input:
