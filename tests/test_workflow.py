@@ -322,7 +322,7 @@ def test_rules_made_from_others_log_and_are_measured_in_places_of_their_own():
         for block in re.split(r"(?m)^(?=(?:use )?rule\b)", path.read_text(encoding="utf-8")):
             if name := re.match(r"use rule \w+ as (\w+) with:", block):
                 made[name[1]] = block
-    assert set(made) == {"extract_part", "aggregate_emoe", "emoe_notebook"}
+    assert set(made) == {"extract_part", "aggregate_emoe", "emoe_notebook", "aggregate_heads", "moa_notebook"}
     for name, block in made.items():
         for directive in ("log", "benchmark"):
             assert re.search(rf'(?m)^ +{directive}:\n +"results/{directive}\w*/{name}\b', block), (name, directive)
@@ -330,7 +330,7 @@ def test_rules_made_from_others_log_and_are_measured_in_places_of_their_own():
 
 def test_every_rule_says_what_it_does_logs_and_is_measured():
     blocks = rule_blocks()
-    assert len(blocks) == 31
+    assert len(blocks) == 40
     for name, block in blocks.items():
         assert '"""' in block.split("input:")[0], f"{name} has no docstring"
         for directive in ("log", "benchmark", "conda", "threads", "resources", "shell"):

@@ -89,3 +89,8 @@ def heads_figures(looked):
 def heads_files():
     """Figures of all models that are looked into."""
     return [f"results/figures/moa/{looked}/{name}.png" for looked in HEADS_LOOKED for name in heads_figures(looked)]
+
+
+def heads_parts(wildcards):
+    """Files that one table of attention experts is put together from."""
+    return [f"{HEADS_FOLDER}/{wildcards.table}.parquet".format(looked=name) for name in HEADS_LOOKED]

@@ -95,9 +95,7 @@ use rule aggregate_tables as aggregate_heads with:
     # One table of attention experts, of all models.
     input:
         code=code("scripts/aggregate_tables.py"),
-        tables=lambda wildcards: [
-            f"{HEADS_FOLDER}/{wildcards.table}.parquet".format(looked=name) for name in HEADS_LOOKED
-        ],
+        tables=heads_parts,
     log:
         "results/logs/aggregate_heads/{table}.log",
     benchmark:

@@ -88,7 +88,7 @@ def _grid(
     if len(tasks) > _MOST_TASKS:
         subtitle += f" (first {_MOST_TASKS} of {len(tasks)} tasks)"
         tasks = tasks[:_MOST_TASKS]
-    width = (WIDTH - left - 0.1 - _GAP * (len(tasks) - 1)) / max(len(tasks), 2)
+    width = (WIDTH - left - 0.16 - _GAP * (len(tasks) - 1)) / max(len(tasks), 2)
     figure = new_figure(WIDTH, _HEAD + len(tests) * (height + 0.5) + (0.35 if handles else 0.1))
     heading(figure, title, subtitle)
     for i, test in enumerate(tests):
@@ -125,7 +125,7 @@ def arms(model: str, _corpus: None, frames: dict[str, pl.DataFrame]) -> Figure:
         axes.tick_params(axis="y", length=0)
         if table["metric"].n_unique() == 1:
             axes.set_xlim(limits_of(table, 0.0))
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=5, prune="both")
 
     subtitle = f"Difference of the metric: {_INTERVAL}; {seeds} seeds{_shapes(table)}"
     return _grid(title_of("arms", model), subtitle, table, draw, 0.17 * len(pairs) + 0.15, left=2.1, shared=False)
