@@ -1,6 +1,6 @@
 # make atlas   set up .venv and run the workflow of config/config.yaml
 # make emoe    the same of EMoE, before tuning and tuned, config/emoe.yaml: up to 30 minutes, not part of make atlas
-# make moa     train models whose attention heads are experts, compare and look into them, config/moa.yaml: not part of make atlas
+# make moa     train models whose attention heads are experts and look into them, config/moa.yaml: up to 30 minutes, not part of make atlas
 # make test    set up .venv and run the tests
 # make setup   set up .venv alone
 # make test-cluster   run a reduced demo on a real Slurm, which it starts and stops (root; apt-get install slurm-wlm munge)

@@ -17,6 +17,8 @@ def texts_of(task: Task) -> str:
     """The texts of an objective, for titles: demo prose and code, or the name of the file that names the data sets."""
     if task.data_file:
         return Path(task.data_file).stem
+    if task.kind == "translation":
+        return "demo prose"
     return f"demo {' and '.join(task.data.get('mix', ['prose']))}"
 
 
