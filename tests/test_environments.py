@@ -118,6 +118,7 @@ def test_direct_requirements_are_what_is_imported():
         "pytest-xdist": "an option of pytest, in the Makefile",
         "ipykernel": NEEDED_UNSEEN["notebooks"]["ipykernel"],
         "pandas": "bounded for Snakemake",
+        "soupsieve": "bounded for the Python of Debian 12",
         "seaborn": "for who draws more in the notebooks",
     }
     direct = {re.match(r"[A-Za-z0-9-]+", line)[0].lower() for line in requirements("requirements.in")}
