@@ -6,7 +6,6 @@ from pathlib import Path
 import polars as pl
 
 from moe_atlas import tables
-from moe_atlas.files import atomic_path
 from moe_atlas.log import run, say
 from moe_atlas.tuning.differences import differences
 
@@ -21,9 +20,8 @@ def main() -> None:
     selection = pl.concat(tables.read("emoe_training_selection", path) for path in arguments.selection)
     found = {"emoe_runs": runs, "emoe_differences": differences(runs), "emoe_training_selection": selection}
     for name, frame in found.items():
-        tables.write(name, frame, arguments.output / f"{name}.parquet")
-        with atomic_path(arguments.output / f"{name}.csv") as csv:
-            frame.write_csv(csv)
+        path = arguments.output / f"{name}.parquet"
+        tables.write(name, frame, path, path.with_suffix(".csv"))
         say(f"{name}: {len(frame)} rows")
 
 

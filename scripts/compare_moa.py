@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from moe_atlas import tables
-from moe_atlas.files import atomic_path
 from moe_atlas.log import run, say
 from moe_atlas.moa.arms import arms
 from moe_atlas.moa.differences import differences, of_studies
@@ -26,9 +25,8 @@ def main() -> None:
     found["moa_arms"] = arms(found["moa_runs"])
     found["moa_differences"] = differences(settings, found["moa_runs"])
     for name, frame in found.items():
-        tables.write(name, frame, arguments.output / f"{name}.parquet")
-        with atomic_path(arguments.output / f"{name}.csv") as csv:
-            frame.write_csv(csv)
+        path = arguments.output / f"{name}.parquet"
+        tables.write(name, frame, path, path.with_suffix(".csv"))
         say(f"{name}: {len(frame)} rows")
 
 

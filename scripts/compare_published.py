@@ -9,7 +9,7 @@ import polars as pl
 
 from moe_atlas import tables
 from moe_atlas.claims.published import TABLES, compare, load_published
-from moe_atlas.files import atomic_path, read_json
+from moe_atlas.files import read_json
 from moe_atlas.log import run, say
 from moe_atlas.scan import scan
 
@@ -46,9 +46,7 @@ def main() -> None:
         return {name: frame_of(model, corpus, name) for name in names}
 
     frame = compare(load_published(arguments.published), rows, frames_of, arguments.paper_rounding)
-    tables.write("published", frame, arguments.parquet)
-    with atomic_path(arguments.csv) as csv:
-        frame.write_csv(csv)
+    tables.write("published", frame, arguments.parquet, arguments.csv)
     compared, agree = frame["agrees"].drop_nulls().len(), frame["agrees"].sum()
     say(f"published: {len(frame)} numbers, {compared} beside ours, of which {agree} agree")
 

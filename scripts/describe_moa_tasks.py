@@ -6,7 +6,6 @@ from pathlib import Path
 import polars as pl
 
 from moe_atlas import tables
-from moe_atlas.files import atomic_path
 from moe_atlas.log import run
 from moe_atlas.moa import described
 from moe_atlas.moa.settings import load_settings
@@ -28,9 +27,7 @@ def main() -> None:
         elif task.kind == "translation":
             frames.append(measures(make_task(settings_of(task)), name))
     frame = pl.concat([tables.empty("moa_tasks"), *frames])
-    tables.write("moa_tasks", frame, arguments.parquet)
-    with atomic_path(arguments.csv) as csv:
-        frame.write_csv(csv)
+    tables.write("moa_tasks", frame, arguments.parquet, arguments.csv)
 
 
 if __name__ == "__main__":

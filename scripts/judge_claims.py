@@ -8,7 +8,7 @@ import polars as pl
 from moe_atlas import tables
 from moe_atlas.claims.judge import TABLES, judge
 from moe_atlas.claims.sheet import load_claims
-from moe_atlas.files import atomic_path, read_json
+from moe_atlas.files import read_json
 from moe_atlas.log import run, say
 from moe_atlas.scan import scan
 
@@ -34,9 +34,7 @@ def main() -> None:
         verdicts = found[-1]["verdict"].value_counts(sort=True).rows()
         say(f"{model}: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts))
     frame = pl.concat(found)
-    tables.write("claims", frame, arguments.parquet)
-    with atomic_path(arguments.csv) as csv:
-        frame.write_csv(csv)
+    tables.write("claims", frame, arguments.parquet, arguments.csv)
     say(f"claims: {len(frame)} rows written to {arguments.parquet}")
 
 

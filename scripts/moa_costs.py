@@ -8,7 +8,6 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from moe_atlas import tables
-from moe_atlas.files import atomic_path
 from moe_atlas.log import run, say
 
 
@@ -21,9 +20,8 @@ def main() -> None:
     from moe_atlas.architectures.moa_published import published_costs  # after --help: it takes seconds
 
     found = published_costs(arguments.published)
-    tables.write("moa_costs", found, arguments.output / "moa_costs.parquet")
-    with atomic_path(arguments.output / "moa_costs.csv") as csv:
-        tables.conform("moa_costs", found).write_csv(csv)
+    path = arguments.output / "moa_costs.parquet"
+    tables.write("moa_costs", found, path, path.with_suffix(".csv"))
     say(f"moa_costs: {found['agrees'].sum()} of {len(found)} numbers agree")
 
 

@@ -4,7 +4,6 @@ import argparse
 
 from moe_atlas import tables
 from moe_atlas.behavioral.saturation import Choices, saturation
-from moe_atlas.files import atomic_path
 from moe_atlas.log import run, say
 
 
@@ -27,9 +26,7 @@ def main() -> None:
         for ids in arguments.choices
     ]
     frame = saturation(recorded)
-    tables.write("saturation", frame, arguments.parquet)
-    with atomic_path(arguments.csv) as csv:
-        frame.write_csv(csv)
+    tables.write("saturation", frame, arguments.parquet, arguments.csv)
     say(f"saturation: {len(frame)} rows written to {arguments.parquet}")
 
 

@@ -1,6 +1,7 @@
 """What models learn, as the trainer asks for it: batches, a validation set, scores of the tests."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -89,7 +90,7 @@ def frequency_loss(frequencies: np.ndarray, batches: Iterable[Batch]) -> float:
     return float(-np.log(frequencies[labels[labels != NOT_ASKED].numpy()]).mean())
 
 
-class Language:
+class Language(ABC):
     """Language models of packed texts: what causal and masked ones share."""
 
     name = ""
@@ -102,9 +103,9 @@ class Language:
         self.unlearned = frequency_loss(texts.frequencies, self.sets["validation"])
         self.looked = sum(map(asked, self.sets["validation"]))
 
+    @abstractmethod
     def labelled(self, ids: torch.Tensor, rng: np.random.Generator) -> Batch:
-        """A batch from sequences (batch, length)."""
-        raise NotImplementedError
+        """A batch from sequences (batch, length) int64."""
 
     def _fixed(self, sequences: torch.Tensor) -> list[Batch]:
         rng = np.random.default_rng(0)  # the same for every seed and arm

@@ -180,8 +180,4 @@ def _tables(job: Job, arm: Arm, objective: Objective, config: MoAConfig, runs: l
             rows["moa_curves"].append(named | at | values)
         speed = {"seconds": found.seconds, "tokens_per_second": found.tokens / found.seconds}
         rows["moa_throughput"].append(named | at | length | speed)
-    return {name: pl.DataFrame(part, schema=_schema(name)) for name, part in rows.items()}
-
-
-def _schema(name: str) -> dict:
-    return tables.declared(name).schema
+    return {name: pl.DataFrame(part, schema=tables.declared(name).schema) for name, part in rows.items()}

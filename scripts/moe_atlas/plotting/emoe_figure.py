@@ -3,10 +3,9 @@
 import polars as pl
 from matplotlib.figure import Figure
 
-from moe_atlas.errors import AtlasError
 from moe_atlas.plotting import emoe, emoe_tuning
 from moe_atlas.plotting.base import sentence
-from moe_atlas.plotting.registry import EMOE_FIGURES, split
+from moe_atlas.plotting.registry import EMOE_FIGURES, requested
 
 _DRAW = emoe.FIGURES | emoe_tuning.FIGURES
 
@@ -17,15 +16,7 @@ def draw(name: str, model: str, frames: dict[str, pl.DataFrame]) -> Figure:
     Raises AtlasError where there is no such figure, a table it needs is missing, or a corpus is named where there is
     none. Where the tables have nothing of the model the figure says so.
     """
-    base, corpus = split(name)
-    if base not in EMOE_FIGURES:
-        raise AtlasError(f"{name}: there is no such figure; the figures are {', '.join(EMOE_FIGURES)}.")
-    figure = EMOE_FIGURES[base]
-    if bool(figure.kinds) != bool(corpus):
-        raise AtlasError(f"{name}: write {base}{'.CORPUS' if figure.kinds else ' without a corpus'}.")
-    missing = [table for table in figure.tables if table not in frames]
-    if missing:
-        raise AtlasError(f"{name}: the tables {', '.join(missing)} are missing; name them with --table.")
+    base, corpus, figure = requested(name, EMOE_FIGURES, frames)
     own = {}
     for table in figure.tables:
         wanted = pl.col("model") == model

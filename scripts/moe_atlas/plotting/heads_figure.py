@@ -3,10 +3,9 @@
 import polars as pl
 from matplotlib.figure import Figure
 
-from moe_atlas.errors import AtlasError
 from moe_atlas.plotting import moa_heads
 from moe_atlas.plotting.base import sentence
-from moe_atlas.plotting.registry import HEADS_FIGURES, split
+from moe_atlas.plotting.registry import HEADS_FIGURES, requested
 
 
 def _of_objective(model: str) -> pl.Expr:
@@ -24,14 +23,7 @@ def draw(name: str, model: str, frames: dict[str, pl.DataFrame]) -> Figure:
     Raises AtlasError where there is no such figure, a table is missing, or a corpus is named where there is none. Where
     the tables have nothing of the model the figure says so.
     """
-    base, corpus = split(name)
-    if base not in HEADS_FIGURES:
-        raise AtlasError(f"{name}: there is no such figure; the figures are {', '.join(HEADS_FIGURES)}.")
-    figure = HEADS_FIGURES[base]
-    if bool(figure.kinds) != bool(corpus):
-        raise AtlasError(f"{name}: write {base}{'.CORPUS' if figure.kinds else ' without a corpus'}.")
-    if missing := [table for table in figure.tables if table not in frames]:
-        raise AtlasError(f"{name}: the tables {', '.join(missing)} are missing; name them with --table.")
+    base, corpus, figure = requested(name, HEADS_FIGURES, frames)
     own = {}
     for table in figure.tables:
         wanted = _of_objective(model) if table == "moa_association" else pl.col("model") == model

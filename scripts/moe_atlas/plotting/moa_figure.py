@@ -3,11 +3,10 @@
 import polars as pl
 from matplotlib.figure import Figure
 
-from moe_atlas.errors import AtlasError
 from moe_atlas.plotting import moa_arms, moa_training
 from moe_atlas.plotting.base import sentence
 from moe_atlas.plotting.moa_arms import About
-from moe_atlas.plotting.registry import MOA_FIGURES, split
+from moe_atlas.plotting.registry import MOA_FIGURES, requested
 
 _DRAW = moa_arms.FIGURES | moa_training.FIGURES
 
@@ -18,14 +17,8 @@ def draw(name: str, frames: dict[str, pl.DataFrame], about: About | None = None)
     Raises AtlasError where there is no such figure, no objective is named, or a table it needs is missing. Where the
     tables have nothing of the objective the figure says so.
     """
-    base, objective = split(name)
-    if base not in MOA_FIGURES:
-        raise AtlasError(f"{name}: there is no such figure; the figures are {', '.join(MOA_FIGURES)}.")
-    if not objective:
-        raise AtlasError(f"{name}: write {base}.OBJECTIVE.")
-    figure, about = MOA_FIGURES[base], about or About()
-    if missing := [table for table in figure.tables if table not in frames]:
-        raise AtlasError(f"{name}: the tables {', '.join(missing)} are missing; name them with --table.")
+    base, objective, figure = requested(name, MOA_FIGURES, frames, "objective")
+    about = about or About()
     own = {table: frames[table].filter(objective=objective) for table in figure.tables}
     if any(frame.is_empty() for frame in own.values()):
         what = "contrasts" if base == "differences" else "runs"

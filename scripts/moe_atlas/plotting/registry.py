@@ -1,6 +1,9 @@
 """Which figures there are and which tables each needs. Imported by the rules: no heavy imports here."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from moe_atlas.errors import AtlasError
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,25 @@ def split(name: str) -> tuple[str, str | None]:
     """`output_similarity.prose` -> (`output_similarity`, `prose`); without a corpus the second is None."""
     experiment, _, corpus = name.partition(".")
     return experiment, corpus or None
+
+
+def requested(
+    name: str, figures: dict[str, Experiment], tables: Collection[str], of: str = "corpus"
+) -> tuple[str, str | None, Experiment]:
+    """What `name`, FIGURE or FIGURE.CORPUS, asks for of `figures`: figure, corpus or None, and its entry.
+
+    tables: names of those that are there; of: what stands behind the point. Raises AtlasError where there is no such
+    figure, the corpus is missing or too many, or a table that the figure needs is not there.
+    """
+    base, corpus = split(name)
+    if base not in figures:
+        raise AtlasError(f"{name}: there is no such figure; the figures are {', '.join(figures)}.")
+    figure = figures[base]
+    if bool(figure.kinds) != bool(corpus):
+        raise AtlasError(f"{name}: write {base}{f'.{of.upper()}' if figure.kinds else f' without a {of}'}.")
+    if missing := [table for table in figure.tables if table not in tables]:
+        raise AtlasError(f"{name}: the tables {', '.join(missing)} are missing; name them with --table.")
+    return base, corpus, figure
 
 
 def experiments_of(kinds: dict[str, str]) -> list[str]:

@@ -69,11 +69,14 @@ def empty(name: str) -> pl.DataFrame:
     return pl.DataFrame(schema=declared(name).schema)
 
 
-def write(name: str, frame: pl.DataFrame, path: str | os.PathLike) -> None:
-    """Write one table as zstd parquet, atomically, after checking its columns."""
+def write(name: str, frame: pl.DataFrame, path: str | os.PathLike, csv: str | os.PathLike | None = None) -> None:
+    """Write one table as zstd parquet, and as CSV where `csv` names a file, atomically, after checking its columns."""
     frame = conform(name, frame)
     with atomic_path(path) as temporary:
         frame.write_parquet(temporary, compression="zstd")
+    if csv is not None:
+        with atomic_path(csv) as temporary:
+            frame.write_csv(temporary)
 
 
 def read(name: str, path: str | os.PathLike) -> pl.DataFrame:
